@@ -1,0 +1,43 @@
+"""Names to things: look one up, and check the options given for it, with errors that help."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from flowkit.errors import FlowkitError
+
+__all__ = ["check_options", "look_up"]
+
+T = TypeVar("T")
+
+
+def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """table[name], or a FlowkitError that shows the nearest name and all of them."""
+    if name not in table:
+        known = ", ".join(table)
+        raise FlowkitError(f"unknown {kind} {name!r}{_nearest(name, table)}; known: {known}")
+    return table[name]
+
+
+def check_options(
+    subject: str, function: Callable[..., Any], options: Mapping[str, Any], *, skip: int = 0
+) -> None:
+    """FlowkitError unless the parameters of `function` after the first `skip` fit the options."""
+    parameters = dict(list(inspect.signature(function).parameters.items())[skip:])
+    for name in options:
+        if name not in parameters:
+            takes = f"it takes {', '.join(parameters)}" if parameters else "it takes none"
+            raise FlowkitError(
+                f"{subject} has no option {name!r}{_nearest(name, parameters)}; {takes}"
+            )
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise FlowkitError(f"{subject} needs the option {name!r}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Training methods, one runnable file each: `accelerate launch trainers/NAME.py`."""

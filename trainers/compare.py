@@ -1,0 +1,145 @@
+"""The comparison that ends a run: every flow, at every number of Euler steps, from one noise."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowkit.checkpoint import model_card, push
+from flowkit.data import load_data
+from flowkit.errors import FlowkitError
+from flowkit.eval import FrechetMoments, few_step_distances, load_extractor, straightness
+from flowkit.eval.report import summary_markdown, write_grid
+from flowkit.files import atomic_file, write_json
+from flowkit.noise import derive_seed, keyed_noise
+from flowkit.trainers.pairing import conditioned, keyed_labels
+from flowkit.trainers.stages import Run
+from flowkit.velocity import Velocity, VelocityModel
+
+__all__ = ["Comparison"]
+
+CHUNK = 500  # pictures that are sampled at once
+STRAIGHTNESS_STEPS = 100
+
+
+class Comparison:
+    """Measures a run's flows.  Made before training, so that a missing file is found at once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.options = run, run.options.evaluate
+        self.extractor = load_extractor(
+            self.options.features, weights=self.options.weights, device=run.accelerator.device
+        )
+        data = run.options.data
+        self.reference = load_data(data.name, self.options.split, root=data.root, size=data.size)
+        if tuple(self.reference.shape) != run.shape:
+            raise FlowkitError(
+                f"the reference pictures have shape {tuple(self.reference.shape)}, "
+                f"the training pictures {run.shape}; set data.size"
+            )
+        if run.options.push_to_hub and run.accelerator.is_main_process:
+            _check_login()
+
+    def finish(self, models: dict[str, VelocityModel], *, method: str) -> None:
+        """Measure, write summary.json, summary.md, samples.png and the model card, and print."""
+        run = self.run
+        if run.accelerator.is_main_process:
+            start = time.perf_counter()
+            summary = self._measure(models)
+            seconds = {name: run.seconds(name) for name in models if name != "student"}
+            stages = {p.name for p in (run.folder / "stages").iterdir()}
+            seconds["pairs"] = run.seconds(*(s for s in stages if "pairs" in s))
+            seconds["student"] = run.seconds(*(s for s in stages if s.startswith("student")))
+            seconds["evaluate"] = round(time.perf_counter() - start, 2)
+            summary["seconds"] = seconds
+            self._write(summary, models, method)
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
+
+    def _measure(self, models: dict[str, VelocityModel]) -> dict[str, Any]:
+        options, run = self.options, self.run
+        seed = derive_seed(run.options.seed, "evaluate")
+        reference = FrechetMoments()
+        for start in range(0, len(self.reference), CHUNK):
+            rows = range(start, min(start + CHUNK, len(self.reference)))
+            pictures = self.reference.fetch(rows)["data"].to(run.accelerator.device)
+            reference.update(self.extractor(pictures))
+        summary: dict[str, Any] = {
+            "seed": run.options.seed,
+            "nfe": list(options.nfe),
+            "num_samples": options.num_samples,
+            "features": self.extractor.id,
+            "reference": f"{run.options.data.name} {options.split} ({len(self.reference)})",
+        }
+        for name, model in models.items():
+            bar = tqdm(total=len(options.nfe) * options.num_samples, desc=f"measure {name}")
+            with bar:
+                distances = few_step_distances(
+                    lambda indices, model=model: self._labelled(model, indices),
+                    run.shape,
+                    nfe=options.nfe,
+                    num_samples=options.num_samples,
+                    seed=seed,
+                    extractor=self.extractor,
+                    reference=reference,
+                    chunk_size=CHUNK,
+                    device=run.accelerator.device,
+                    progress=bar.update,
+                )
+            summary[name] = {"fd": distances, "straightness": self._straightness(model, seed)}
+        return summary
+
+    def _labelled(self, model: VelocityModel, indices: range) -> Velocity:
+        run, labels = self.run, None
+        if run.num_classes is not None:
+            labels = keyed_labels(run.options.seed, indices, run.num_classes)
+        return conditioned(model, labels, 1.0, run.accelerator.device)
+
+    def _straightness(self, model: VelocityModel, seed: int) -> float:
+        indices = range(self.options.straightness_samples)
+        noise = keyed_noise(seed, indices, self.run.shape).to(self.run.accelerator.device)
+        velocity = self._labelled(model, indices)
+        return straightness(velocity, noise, num_steps=STRAIGHTNESS_STEPS).per_dim
+
+    def _write(
+        self, summary: dict[str, Any], models: dict[str, VelocityModel], method: str
+    ) -> None:
+        run = self.run
+        text = summary_markdown(summary)
+        write_grid(run.folder / "samples.png", self._columns(models))
+        with atomic_file(run.folder / "summary.md") as path:
+            path.write_text(text, encoding="utf-8")
+        write_json(run.folder / "summary.json", summary)
+        for name in models:
+            if (run.folder / name / "README.md").is_file():
+                with atomic_file(run.folder / name / "README.md") as path:
+                    path.write_text(model_card(method, run.options.data.name, text), "utf-8")
+        print(f"\n{text}\nwritten to {run.folder}")
+        if run.options.push_to_hub:
+            last = list(models)[-1] if "student" not in models else "student"
+            print(f"pushed to {push(run.folder / last, run.options.push_to_hub)}")
+
+    def _columns(self, models: dict[str, VelocityModel]) -> dict[str, Tensor]:
+        steps = {"distilled": (1,), "student": (1, 16)}
+        shown = {name: model for name, model in models.items() if name != "control"}
+        return {
+            f"{name}, {n} step{'s' * (n > 1)}": self.run.preview_pictures(model, n)
+            for name, model in shown.items()
+            for n in steps.get(name, (1, 16))
+        }
+
+
+def _check_login() -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        HfApi().whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FlowkitError(
+            f"push_to_hub needs a login ({reason}); run `hf auth login`, or leave push_to_hub out"
+        ) from None

@@ -1,0 +1,173 @@
+"""The options of the trainers, as dataclasses: what YAML files and key=value overrides may say.
+
+This module knows nothing of torch, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flowkit.config import option
+
+__all__ = [
+    "DataOptions",
+    "EvaluateOptions",
+    "FlowConfig",
+    "NetOptions",
+    "PairOptions",
+    "ReflowConfig",
+    "RunOptions",
+    "TrainOptions",
+]
+
+
+@dataclass
+class DataOptions:
+    """Which pictures."""
+
+    name: str = option(
+        "digits", "digits, cifar10-jpeg, mnist, a torchvision name, folder:PATH, a zip, hf:NAME"
+    )
+    root: str | None = option(None, "where the files lie, for the sets that have files")
+    size: int | None = option(None, "resize to this many pixels a side (antialiased)")
+    flip: bool = option(False, "mirror pictures left-right at random (pairs: noise with them)")
+    conditional: bool = option(False, "train on class labels")
+    vae: str | None = option(None, "train on latents of this diffusers VAE (path or hub id)")
+
+
+@dataclass
+class NetOptions:
+    """Which network, when one is built: a name and its constructor's arguments."""
+
+    name: str = option("mlp", "mlp, dit, ncsnpp, adm, or unet2d (diffusers' UNet2DModel)")
+    options: dict[str, Any] = option({}, "constructor arguments, e.g. net.options.width=128")
+
+
+@dataclass
+class TrainOptions:
+    """One stage of training."""
+
+    steps: int = option(6500, "optimizer steps; 0 leaves the stage out where that makes sense")
+    batch_size: int = option(256, "pictures a step, over all processes")
+    micro_batch_size: int | None = option(
+        None, "pictures a forward pass; gradients accumulate up to batch_size"
+    )
+    optimizer: Literal["adamw", "adam", "radam"] = option("adamw", "which torch optimizer")
+    learning_rate: float = option(1e-3, "peak learning rate")
+    betas: tuple[float, float] = option((0.9, 0.999), "Adam's betas")
+    eps: float = option(1e-8, "Adam's epsilon")
+    weight_decay: float = option(0.0, "weight decay")
+    warmup_steps: int = option(200, "linear warm-up")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "what the rate does after the warm-up"
+    )
+    max_grad_norm: float | None = option(None, "clip the gradient's norm to this")
+    ema_decay: float = option(0.999, "EMA decay at step k is min(this, (1 + k) / (10 + k))")
+    times: dict[str, Any] = option(
+        {"name": "uniform"}, "density of t: uniform, logit_normal, u_shaped, edm, shifted, constant"
+    )
+    loss: dict[str, Any] = option(
+        {"name": "squared"}, "premetric: squared, huber, lpips, lpips_huber, lpips_huber_1/t"
+    )
+    dropout: float | None = option(None, "dropout of the network in this stage; null: as built")
+
+
+@dataclass
+class PairOptions:
+    """The (noise, picture) pairs that a flow's ODE makes."""
+
+    num_pairs: int = option(10_000, "pairs a round")
+    solver: str = option("heun", "solver of the teacher's ODE")
+    num_steps: int = option(12, "solver steps (Heun: two network evaluations each)")
+    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
+    shard_size: int = option(2_000, "pairs a file")
+    chunk_size: int = option(500, "pairs the teacher makes at once; fixes the pairs' last bits")
+    dtype: Literal["float32", "float16", "uint8"] = option(
+        "float32", "how pictures are stored; uint8 rounds to grey levels"
+    )
+    real_share: float = option(
+        0.0, "share of real pictures, paired with their own inversions (rfpp's config G)"
+    )
+    real_steps: int = option(64, "solver steps of that inversion")
+
+
+@dataclass
+class EvaluateOptions:
+    """How the flows are compared."""
+
+    nfe: list[int] = option([1, 2, 4, 8, 16], "Euler steps to measure")
+    num_samples: int = option(3_000, "pictures a measurement")
+    features: str = option("digits", "digits, cifar-resnet20, pixels, or module:attribute")
+    weights: str | None = option(None, "weights file of the feature network")
+    split: str = option("test", "the reference pictures")
+    straightness_samples: int = option(1_000, "noises for the straightness, over 100 steps")
+
+
+@dataclass
+class RunOptions:
+    """What every trainer takes."""
+
+    output_dir: str = option("runs/run", "everything is written here; the same folder resumes")
+    seed: int = option(0, "seed of everything")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast of the network")
+    compile: bool = option(False, "torch.compile the network")
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    num_workers: int = option(0, "processes that read the data")
+    checkpoint_every: int = option(1_000, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "how many of a stage are kept")
+    sample_every: int = option(1_000, "steps between sample grids; 0: none")
+    log_every: int = option(50, "steps between logged values")
+    max_skipped_steps: int = option(20, "stop after this many non-finite steps in a row")
+    report_to: Literal["none", "wandb", "tensorboard"] = option("none", "experiment tracker")
+    push_to_hub: str | None = option(
+        None, "hub repository that gets the result, e.g. me/digits-2rf"
+    )
+
+
+@dataclass
+class FlowConfig(RunOptions):
+    """Options of trainers/flow.py."""
+
+    output_dir: str = option("runs/flow", "everything is written here; the same folder resumes")
+    data: DataOptions = field(default_factory=DataOptions)
+    net: NetOptions = field(default_factory=NetOptions)
+    training: TrainOptions = field(default_factory=TrainOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+
+
+def _reflow_training() -> TrainOptions:
+    return TrainOptions(
+        steps=3250,
+        learning_rate=5e-4,
+        times={"name": "u_shaped"},
+        loss={"name": "huber", "preset": "rfpp"},
+    )
+
+
+def _distillation() -> TrainOptions:
+    return TrainOptions(
+        steps=1625, learning_rate=5e-4, times={"name": "constant", "t": 0.0}, warmup_steps=100
+    )
+
+
+@dataclass
+class ReflowConfig(RunOptions):
+    """Options of trainers/reflow.py."""
+
+    output_dir: str = option("runs/reflow", "everything is written here; the same folder resumes")
+    data: DataOptions = field(default_factory=DataOptions)
+    teacher: str = option("train", "train: train one first; else a folder or hub id of a model")
+    net: NetOptions = field(default_factory=NetOptions)
+    teacher_training: TrainOptions = field(default_factory=TrainOptions)
+    student_net: NetOptions | None = option(
+        None, "another network for the student, e.g. a smaller one; null: start from the teacher"
+    )
+    rounds: int = option(1, "1 gives a 2-rectified flow, 2 a 3-rectified flow, ...")
+    pairs: PairOptions = field(default_factory=PairOptions)
+    student_training: TrainOptions = field(default_factory=_reflow_training)
+    distillation: TrainOptions = field(default_factory=_distillation)
+    control: bool = option(
+        True, "also train the teacher on for as long as the student, for a fair comparison"
+    )
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)

@@ -1,0 +1,246 @@
+"""What the trainers are made of: opening a run, building its network, one stage of training."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkit import checkpoint, config
+from flowkit.adapters import FlowVelocity, from_diffusers
+from flowkit.coupling import Coupling, Independent
+from flowkit.data import load_data
+from flowkit.errors import FlowkitError
+from flowkit.eval.report import write_grid
+from flowkit.files import read_json, write_json
+from flowkit.losses import premetric
+from flowkit.noise import derive_seed, keyed_noise
+from flowkit.samplers import grids, sample
+from flowkit.samplers.timesteps import density
+from flowkit.trainers.loop import Loop, make_accelerator
+from flowkit.trainers.matching import FlowMatching
+from flowkit.trainers.pairing import conditioned, keyed_labels
+from flowkit.trainers.settings import FlowConfig, NetOptions, ReflowConfig, TrainOptions
+from flowkit.velocity import VelocityModel
+
+__all__ = ["Run", "build_model"]
+
+# Options that do not change what a run computes: a resumed run may be given others.
+MAY_CHANGE = {
+    *("output_dir", "num_workers", "checkpoint_every", "keep_checkpoints", "sample_every"),
+    *("log_every", "max_skipped_steps", "report_to", "push_to_hub"),
+}
+# Network time of each net that can be trained from scratch, for flowkit's t in [0, 1]:
+# NCSN++ as in gnobitab/RectifiedFlow, UNet2DModel as its own timesteps.
+TIME_SCALES = {"mlp": 1.0, "dit": 1.0, "ncsnpp": 999.0, "adm": 999.0, "unet2d": 1000.0}
+
+
+def build_model(net: NetOptions, shape: Sequence[int], num_classes: int | None) -> VelocityModel:
+    """A new network of that name for pictures of `shape` (C, H, W), as a velocity."""
+    from diffusers import UNet2DModel
+
+    from flowkit.nets.adm import ADM
+    from flowkit.nets.dit import DiT
+    from flowkit.nets.mlp import MLP
+    from flowkit.nets.ncsnpp import NCSNpp
+
+    channels, height, width = shape
+    square = {"sample_size": height, "in_channels": channels, "out_channels": channels}
+    known: dict[str, tuple[Any, dict[str, Any]]] = {
+        "mlp": (MLP, {"shape": list(shape), "num_classes": num_classes}),
+        "dit": (DiT, {**square, "num_classes": num_classes}),
+        "ncsnpp": (NCSNpp, {**square, "num_classes": num_classes}),
+        "adm": (ADM, {**square, "num_classes": num_classes}),
+        "unet2d": (UNet2DModel, {**square, "num_class_embeds": num_classes}),
+    }
+    if net.name not in known:
+        raise FlowkitError(f"unknown net {net.name!r}; choose one of {', '.join(known)}")
+    if net.name != "mlp" and height != width:
+        raise FlowkitError(f"{net.name} takes square pictures, got {height}x{width}; set data.size")
+    build, given = known[net.name]
+    for name in net.options:
+        names = inspect.signature(build).parameters
+        if name not in names:
+            close = get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+            raise FlowkitError(f"net {net.name!r} has no option {name!r}; {hint}")
+    return FlowVelocity(build(**{**given, **net.options}), time_scale=TIME_SCALES[net.name])
+
+
+class Run:
+    """A trainer's run: its folder, its processes, its pictures.
+
+    Opening one checks what can be checked before any compute: the folder holds the same
+    configuration or none, the pictures, losses and densities exist.
+    """
+
+    def __init__(
+        self, options: FlowConfig | ReflowConfig, trainings: Sequence[TrainOptions]
+    ) -> None:
+        self.options = options
+        self.folder = Path(options.output_dir)
+        self._check_folder()
+        self.data = load_data(
+            options.data.name, "train", root=options.data.root, size=options.data.size
+        )
+        if not options.data.conditional:
+            self.data = dataclasses.replace(self.data, labels=None, num_classes=None)
+        elif self.data.num_classes is None:
+            raise FlowkitError(
+                f"data.conditional=true needs labels, but {options.data.name} has none"
+            )
+        self.shape, self.num_classes = tuple(self.data.shape), self.data.num_classes
+        for training in trainings:
+            density(**training.times)
+            premetric(**training.loss)
+        self.accelerator = make_accelerator(options)
+        self.first_step = 0
+        if self.accelerator.is_main_process:
+            config.save(options, self.folder / "config.yaml")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("flowkit", config={"options": str(config.to_dict(options))})
+
+    def _check_folder(self) -> None:
+        record = self.folder / "config.yaml"
+        if record.is_file():
+            stored = config.load(type(self.options), record)
+            difference = config.first_difference(self.options, stored, ignore=MAY_CHANGE)
+            if difference:
+                raise FlowkitError(
+                    f"{self.folder} holds a run with other options: {difference}; "
+                    "give the same options to resume it, or another output_dir"
+                )
+        elif self.folder.is_dir() and any(
+            not p.name.startswith(".") for p in self.folder.iterdir()
+        ):
+            raise FlowkitError(
+                f"{self.folder} is not empty and holds no run of this trainer; "
+                "choose another output_dir"
+            )
+
+    def independent(self) -> Coupling:
+        """Fresh noise with the training pictures."""
+        return Independent(self.data, flip=self.options.data.flip)
+
+    def train(
+        self, name: str, model: VelocityModel, coupling: Coupling, training: TrainOptions
+    ) -> VelocityModel:
+        """Train a copy of `model` to the end and export it to folder/name, unless it is there."""
+        if not self.exported(name):
+            method = FlowMatching(
+                copy.deepcopy(model).requires_grad_(True),
+                density(**training.times),
+                premetric(**training.loss).to(self.accelerator.device),
+            )
+            loop = Loop(
+                method,
+                coupling,
+                training,
+                self.options,
+                folder=self.folder / "stages" / name,
+                accelerator=self.accelerator,
+                name=name,
+                preview=self._preview(name),
+                first_step=self.first_step,
+            )
+            trained = loop.run()
+            if self.accelerator.is_main_process:
+                self.record_seconds(name, loop.seconds)
+                self.export(name, trained)
+            self.accelerator.free_memory()
+            self.accelerator.wait_for_everyone()
+        self.first_step += training.steps
+        return self.load(self.folder / name)
+
+    def exported(self, name: str) -> bool:
+        """Whether a stage is complete."""
+        return (self.folder / name / "flowkit.json").is_file()
+
+    def export(self, name: str, model: VelocityModel) -> None:
+        """Write folder/name, which from_pretrained and from_diffusers read."""
+        checkpoint.export_model(
+            model, self.folder / name, shape=self.shape, num_classes=self.num_classes
+        )
+
+    def load(self, path: str | Path) -> VelocityModel:
+        """A model for this run's pictures, frozen, on this process's device."""
+        model = from_diffusers(path)
+        record = Path(path) / "flowkit.json"
+        if record.is_file():
+            made_for = read_json(record)
+            theirs = (tuple(made_for["shape"]), made_for["num_classes"])
+            if theirs != (self.shape, self.num_classes):
+                raise FlowkitError(
+                    f"{path} was trained for pictures {theirs[0]} with classes {theirs[1]}, "
+                    f"the data has {self.shape} with classes {self.num_classes}; "
+                    "choose other data, or another model"
+                )
+        return model.to(self.accelerator.device).eval().requires_grad_(False)
+
+    def identity(self, model: VelocityModel) -> dict[str, Any]:
+        """What a model is, for the records of what it made: its description and weights' hash."""
+        weights = hashlib.sha256()
+        for tensor in model.state_dict().values():
+            weights.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+        pairs = getattr(self.options, "pairs", None)
+        made = {} if pairs is None else dataclasses.asdict(pairs)
+        net = type(model.net).__name__
+        return {"net": net, **model.description(), "weights": weights.hexdigest(), **made}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Record the seconds of a stage that needs no loop, once it was not done yet."""
+        start = time.perf_counter()
+        yield
+        if self.accelerator.is_main_process and not self._seconds_file(name).is_file():
+            self.record_seconds(name, time.perf_counter() - start)
+
+    def record_seconds(self, name: str, seconds: float) -> None:
+        """Keep what a stage took, for the summary of a run that may be resumed."""
+        write_json(self._seconds_file(name), round(seconds, 2))
+
+    def _seconds_file(self, name: str) -> Path:
+        return self.folder / "stages" / name / "seconds.json"
+
+    def seconds(self, *names: str) -> float:
+        """Wall seconds of the stages of these names together."""
+        files = [self._seconds_file(name) for name in names]
+        return round(sum(read_json(file) for file in files if file.is_file()), 2)
+
+    @cached_property
+    def preview_noise(self) -> Tensor:
+        """64 noises, the same for every grid of the run."""
+        return keyed_noise(derive_seed(self.options.seed, "preview"), range(64), self.shape)
+
+    def preview_pictures(self, model: VelocityModel, num_steps: int) -> Tensor:
+        """The pictures that `num_steps` Euler steps make of the preview noise."""
+        device = self.accelerator.device
+        labels = None
+        if self.num_classes is not None:
+            labels = keyed_labels(self.options.seed, range(64), self.num_classes)
+        times = grids.from_start(model.t_min, num_steps)
+        start = (1 - times[0]) * self.preview_noise.to(device)
+        with torch.no_grad():
+            return sample(conditioned(model, labels, 1.0, device), start, times).x.cpu()
+
+    def _preview(self, name: str) -> Any:
+        def preview(model: VelocityModel, step: int) -> Path:
+            path = self.folder / "samples" / f"{name}-{step:07d}.png"
+            columns = {f"{n} steps": self.preview_pictures(model, n) for n in (1, 4, 16)}
+            write_grid(path, columns)
+            return path
+
+        return preview

@@ -1,0 +1,104 @@
+"""The run behind trainers/flow.py and trainers/reflow.py: teacher, pairs, student, comparison.
+
+1-RF --ODE--> pairs --train--> 2-RF --ODE--> pairs --train at t = 0--> one step
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flowkit.coupling import Coupling, Mixed, Paired
+from flowkit.noise import derive_seed
+from flowkit.pairs import PairStore
+from flowkit.trainers.compare import Comparison
+from flowkit.trainers.pairing import generate_pairs, invert_pictures
+from flowkit.trainers.settings import FlowConfig, ReflowConfig
+from flowkit.trainers.stages import Run, build_model
+from flowkit.velocity import VelocityModel
+
+__all__ = ["straighten", "train_flow"]
+
+IN_MEMORY = 4 << 30  # bytes of pairs that a process keeps in memory rather than maps
+
+
+def train_flow(config: FlowConfig) -> None:
+    """Train a 1-rectified flow and measure it."""
+    run = Run(config, [config.training])
+    comparison = Comparison(run)
+    new = build_model(config.net, run.shape, run.num_classes)
+    flow = run.train("model", new, run.independent(), config.training)
+    comparison.finish({"model": flow}, method="flow matching (1-rectified flow)")
+
+
+def straighten(config: ReflowConfig) -> None:
+    """Reflow `config.rounds` times, distil, and compare everything with the teacher."""
+    stages = [config.teacher_training, config.student_training, config.distillation]
+    run = Run(config, stages)
+    comparison = Comparison(run)
+    flow = teacher = _teacher(run, config)
+    models = {"teacher": teacher}
+    for k in range(1, config.rounds + 1):
+        pairs = _pairs(run, config, flow, f"pairs-{k}")
+        coupling = _with_real_pictures(run, config, flow, pairs, f"real-pairs-{k}")
+        start = flow
+        if config.student_net is not None and k == 1:
+            start = build_model(config.student_net, run.shape, run.num_classes)
+        name = "student" if k == config.rounds else f"student-{k}"
+        flow = models["student"] = run.train(name, start, coupling, config.student_training)
+    if config.distillation.steps:
+        pairs = _pairs(run, config, flow, "pairs-distillation")
+        models["distilled"] = run.train("distilled", flow, Paired(pairs), config.distillation)
+    if config.control:
+        control = replace(
+            config.student_training,
+            times=config.teacher_training.times,
+            loss=config.teacher_training.loss,
+        )
+        models["control"] = run.train("control", teacher, run.independent(), control)
+    comparison.finish(models, method=f"reflow ({config.rounds + 1}-rectified flow)")
+
+
+def _teacher(run: Run, config: ReflowConfig) -> VelocityModel:
+    if config.teacher != "train":
+        return run.load(config.teacher)
+    new = build_model(config.net, run.shape, run.num_classes)
+    return run.train("teacher", new, run.independent(), config.teacher_training)
+
+
+def _pairs(run: Run, config: ReflowConfig, flow: VelocityModel, name: str) -> PairStore:
+    """The pairs of `flow`, made or completed."""
+    with run.timed(name):
+        pairs = generate_pairs(
+            flow,
+            run.folder / name,
+            config.pairs,
+            shape=run.shape,
+            num_classes=run.num_classes,
+            seed=derive_seed(config.seed, name),
+            source=run.identity(flow),
+            accelerator=run.accelerator,
+            name=name,
+        )
+    return pairs.preload() if pairs.nbytes < IN_MEMORY else pairs
+
+
+def _with_real_pictures(
+    run: Run, config: ReflowConfig, flow: VelocityModel, pairs: PairStore, name: str
+) -> Coupling:
+    """The coupling of the pairs, and of config.pairs.real_share inverted real pictures."""
+    flip = config.data.flip
+    if not config.pairs.real_share:
+        return Paired(pairs, flip=flip)
+    with run.timed(name):
+        real = invert_pictures(
+            flow,
+            run.data,
+            run.folder / name,
+            config.pairs,
+            num_classes=run.num_classes,
+            seed=derive_seed(config.seed, name),
+            source=run.identity(flow),
+            accelerator=run.accelerator,
+            name=name,
+        )
+    return Mixed(Paired(pairs, flip=flip), Paired(real, flip=flip), config.pairs.real_share)
