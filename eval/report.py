@@ -1,7 +1,101 @@
-import json
-from torchvision.utils import save_image
-import torch
-def write_grid(path, columns):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat(list(columns.values()))*.5+.5, path, nrow=64)
-def summary_markdown(s): return json.dumps(s, indent=1)
+"""What a comparison leaves behind: a grid of samples, and its numbers as a page of markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from flowkit.files import atomic_file
+
+__all__ = ["summary_markdown", "write_grid"]
+
+MIN_SIDE = 32  # pixels that a shown picture has at least
+LABEL_HEIGHT, GAP, PADDING = 18, 12, 2
+MODELS = {
+    "teacher": "1-RF (teacher)",
+    "student": "2-RF (student)",
+    "distilled": "distilled to one step",
+    "control": "control: teacher trained on",
+    "model": "1-RF",
+}
+
+
+def write_grid(path: str | Path, columns: Mapping[str, Tensor], *, rows: int = 8) -> None:
+    """Write a PNG of labelled sample grids side by side, row i of each from the same noise.
+
+    columns: label -> pictures (B, C, H, W) in [-1, 1], grey or RGB; the first `rows`^2 are shown.
+    """
+    grids = [_labelled(label, pictures, rows) for label, pictures in columns.items()]
+    width = sum(grid.width for grid in grids) + GAP * (len(grids) - 1)
+    page = Image.new("RGB", (width, max(grid.height for grid in grids)), "white")
+    left = 0
+    for grid in grids:
+        page.paste(grid, (left, 0))
+        left += grid.width + GAP
+    with atomic_file(path) as temporary:
+        page.save(temporary, format="PNG")
+
+
+def _labelled(label: str, pictures: Tensor, rows: int) -> Image.Image:
+    shown = ((pictures[: rows * rows].float().clamp(-1, 1) + 1) / 2).nan_to_num(0.5)
+    zoom = max(1, math.ceil(MIN_SIDE / shown.shape[-1]))
+    shown = F.interpolate(shown, scale_factor=zoom, mode="nearest")
+    grid = to_pil_image(make_grid(shown, nrow=rows, padding=PADDING, pad_value=1.0))
+    canvas = Image.new("RGB", (grid.width, grid.height + LABEL_HEIGHT), "white")
+    canvas.paste(grid, (0, LABEL_HEIGHT))
+    ImageDraw.Draw(canvas).text((PADDING, 3), label, fill="black")
+    return canvas
+
+
+def summary_markdown(summary: Mapping[str, Any]) -> str:
+    """The comparison as a markdown page.
+
+    summary: {"seed", "nfe", "num_samples", "features", "reference", "seconds", and for each model
+    {"fd": one per NFE, "straightness": per dimension}}.
+    """
+    nfe = summary["nfe"]
+    named = [name for name in MODELS if name in summary]
+    lines = [
+        f"Fréchet distance, features {summary['features']}, {summary['num_samples']:,} samples "
+        f"against {summary['reference']}; Euler steps, the same noise for all, "
+        f"seed {summary['seed']}.",
+        "",
+        "| NFE | " + " | ".join(map(str, nfe)) + " | straightness per dim |",
+        "|---" * (len(nfe) + 2) + "|",
+    ]
+    for name in named:
+        values = " | ".join(f"{value:.4g}" for value in summary[name]["fd"])
+        lines.append(f"| {MODELS[name]} | {values} | {summary[name]['straightness']:.3g} |")
+    lines += ["", *_readings(summary), ""]
+    seconds = summary.get("seconds", {})
+    lines.append("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    return "\n".join(lines) + "\n"
+
+
+def _readings(summary: Mapping[str, Any]) -> list[str]:
+    """What the table says, in words."""
+    if not {"teacher", "student"} <= summary.keys():
+        return []
+    nfe, teacher, student = summary["nfe"], summary["teacher"], summary["student"]
+    first, last = student["fd"][0] / teacher["fd"][0], student["fd"][-1] / teacher["fd"][-1]
+    straight = teacher["straightness"] / student["straightness"]
+    verdict = f"{last - 1:.0%} worse" if last > 1 else f"{1 - last:.0%} better"
+    lines = [
+        f"Reflow takes the distance at {nfe[0]} NFE to {first:.3f} of the teacher's, "
+        f"and the paths are {straight:.3g} times straighter.",
+        f"What it costs: at {nfe[-1]} NFE the student is {verdict} than its teacher.",
+    ]
+    if "distilled" in summary:
+        ratio = summary["distilled"]["fd"][0] / student["fd"][0]
+        lines.append(
+            f"Distillation takes the {nfe[0]}-step distance to {ratio:.2f} of the student's."
+        )
+    return lines

@@ -70,7 +70,8 @@ def load_score_sde(
     with `centered = False`, are not part of the network.
     """
     found = _read(source)
-    state = _unwrapped(_averaged(found) if ema and "ema" in found else _flat(found))
+    average = ema and isinstance(found.get("ema"), Mapping) and "shadow_params" in found["ema"]
+    state = _unwrapped(_averaged(found) if average else _flat(found))
     state.pop("sigmas", None)  # a buffer that the network itself does not use
     config = score_sde_config(state, sample_size)
     if resample_filter is not None:
@@ -100,7 +101,11 @@ def _read(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         raise FlowkitError(refusal)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+    except (EOFError, RuntimeError) as error:
+        raise FlowkitError(
+            f"{path} cannot be read as a PyTorch file; is it complete and not something else?"
+        ) from error
+    except (pickle.UnpicklingError, AttributeError) as error:
         raise FlowkitError(refusal) from error
     if not isinstance(found, Mapping):
         raise FlowkitError(f"{path} holds a {type(found).__name__}; expected a state dict")
@@ -120,7 +125,7 @@ def _flat(found: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _averaged(found: Mapping[str, Any]) -> dict[str, Tensor]:
     """score_sde keeps its average as a list, in the order of the trainable parameters."""
-    model, shadow = _flat(found["model"]), list(found["ema"]["shadow_params"])
+    model, shadow = _flat(found.get("model", {})), list(found["ema"]["shadow_params"])
     frozen = {key for key in model if key.endswith((".W", "sigmas")) and model[key].ndim == 1}
     names = [key for key in model if key not in frozen]
     if [model[name].shape for name in names] != [value.shape for value in shadow]:

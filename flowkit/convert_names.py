@@ -1,4 +1,4 @@
-"""Where EDM and score_sde keep each tensor of our networks, and what their names say of the network.
+"""Where EDM and score_sde keep each tensor of our networks, and which network a name list is.
 
 EDM names a block by its resolution (`enc.32x32_block0.conv0.weight`) and keeps q, k, v in one
 convolution, interleaved channel by channel.  score_sde numbers the modules in the order in which
@@ -198,17 +198,21 @@ def _score_sde_kinds(state: Mapping[str, Tensor]) -> list[str]:
         "W": "fourier",
     }
     plain = {4: "conv", 2: "linear", 1: "norm"}
+    modules: dict[int, set[str]] = {}
+    for key in state:
+        if found := re.fullmatch(r"all_modules\.(\d+)\.(.+)", key):
+            modules.setdefault(int(found[1]), set()).add(found[2])
     kinds: list[str] = []
-    while rows := [k for k in state if k.startswith(f"all_modules.{len(kinds)}.")]:
-        leaves = {key.split(".", 2)[2] for key in rows}
+    for number in range(max(modules, default=-1) + 1):
+        leaves = modules.get(number, set())
         kind = next((kind for mark, kind in marks.items() if mark in leaves), None)
-        weight = state.get(f"all_modules.{len(kinds)}.weight")
+        weight = state.get(f"all_modules.{number}.weight")
         kind = kind or (plain.get(weight.ndim) if weight is not None else None)
         if kind is None:
             raise FlowkitError(
-                f"module all_modules.{len(kinds)} ({', '.join(sorted(leaves))}) is of no kind that "
-                "flowkit's NCSNpp has; BigGAN blocks, progressive_input none or residual and "
-                "progressive none or output_skip are"
+                f"module all_modules.{number} ({', '.join(sorted(leaves)) or 'missing'}) is of no "
+                "kind that flowkit's NCSNpp has; it has BigGAN blocks, progressive_input none or "
+                "residual, progressive none or output_skip"
             )
         kinds.append(kind)
     return kinds
@@ -223,7 +227,7 @@ def score_sde_config(state: Mapping[str, Tensor], sample_size: int) -> dict[str,
     stem, in_channels = _shape(state, f"all_modules.{first}.weight", what)[:2]
     outputs = _shape(state, f"all_modules.{len(kinds) - 1}.weight", what)[0]
     levels = _score_sde_levels(state, kinds)
-    widths = [state[f"all_modules.{level[0]}.Conv_0.weight"].shape[0] for level in levels]
+    widths = [_shape(state, f"all_modules.{level[0]}.Conv_0.weight", what)[0] for level in levels]
     blocks = len(levels[0]) if len(levels) > 1 else (len(levels[0]) - 3) // 2
     attended = [kinds[level[0] + 1] == "attention" for level in levels]
     return {
@@ -248,10 +252,12 @@ def _score_sde_levels(state: Mapping[str, Tensor], kinds: list[str]) -> list[lis
     """
     levels: list[list[int]] = [[]]
     for number in (i for i, kind in enumerate(kinds) if kind == "block"):
-        out_channels, in_channels = state[f"all_modules.{number}.Conv_0.weight"].shape[:2]
+        shape = _shape(state, f"all_modules.{number}.Conv_0.weight", "score_sde's NCSNpp")
         shortcut = f"all_modules.{number}.Conv_2.weight" in state
-        if shortcut and in_channels == out_channels:
+        if shortcut and shape[0] == shape[1]:
             levels.append([])
         else:
             levels[-1].append(number)
+    if not all(levels):
+        raise FlowkitError("this is not a state dict of score_sde's NCSNpp: a level has no blocks")
     return levels[: len(levels) // 2 + 1]

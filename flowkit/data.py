@@ -71,11 +71,11 @@ class ImageData:
         """sha256 of shape, levels and labels; files count by name, length and zip checksum."""
         digest = hashlib.sha256(f"{tuple(self.pictures.shape)}/{self.peak}".encode())
         if isinstance(self.pictures, Tensor):
-            digest.update(self.pictures.contiguous().numpy())
+            digest.update(self.pictures.contiguous().numpy().data)
         else:
             digest.update(self.pictures.identity.encode())
         if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy())
+            digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -183,10 +183,9 @@ def load_data(
     if kind == "folder" or path.suffix == ".zip" or "/" in name:
         raise FlowkitError(f"data set '{name}': no folder or zip of pictures at {path.absolute()}")
     known = ["digits", *_PACKS, *_TORCHVISION]
-    raise FlowkitError(
-        f"unknown data set '{name}'{_nearest(name, known)}; there are {', '.join(known)}, "
-        "torchvision:NAME, hf:NAME, and paths of folders and zips"
-    )
+    others = "torchvision:NAME, hf:NAME, and paths of folders and zips"
+    near = _nearest(name, known)
+    raise FlowkitError(f"unknown data set '{name}'{near}; there are {', '.join(known)}, {others}")
 
 
 def _digits(split: str, size: int | None) -> ImageData:
@@ -240,12 +239,14 @@ def _torchvision(
     try:
         dataset = make(folder, **options, **({"download": True} if download else {}))
     except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
-        below = folder / (getattr(make, "base_folder", "") or f"{make.__name__}/raw")
+        below = f"{make.__name__}/raw" if issubclass(make, datasets.MNIST) else ""
         raise FlowkitError(
-            f"{title} ({split}) cannot be read: {_line(error)}; its files belong in {below}, "
-            "where load_data(..., download=True) lets torchvision fetch them"
+            f"{title} ({split}) cannot be read: {_line(error)}; its files belong in "
+            f"{folder / getattr(make, 'base_folder', below)}, where load_data(..., download=True) "
+            "lets torchvision fetch them"
         ) from error
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    keys = ("targets", "labels", "_labels")  # torchvision has no one name for them
+    labels = next((getattr(dataset, key) for key in keys if hasattr(dataset, key)), None)
     if hasattr(dataset, "data"):
         return _in_memory(title, split, np.asarray(dataset.data), labels, size)
     titles = [f"{title} ({split}) picture {i}" for i in range(len(dataset))]
@@ -418,7 +419,7 @@ def _require_split(name: str, split: str, splits: Iterable[str]) -> None:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _line(error: Exception) -> str:

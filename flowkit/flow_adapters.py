@@ -31,6 +31,7 @@ class FlowVelocity(VelocityModel):
     """
 
     adapter = "flow"
+    t_min, t_max = 0.0, 1.0  # the trained range; a diffusion network's is narrower
 
     def __init__(self, net: nn.Module, *, time_scale: float = 1.0) -> None:
         super().__init__(net)
@@ -82,6 +83,7 @@ class FluxVelocity(VelocityModel):
     """
 
     adapter = "flux"
+    t_min, t_max = 0.0, 1.0
 
     def __init__(self, net: nn.Module, *, guidance: float = 3.5) -> None:
         super().__init__(net)

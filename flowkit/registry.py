@@ -26,7 +26,9 @@ def check_options(
     subject: str, function: Callable[..., Any], options: Mapping[str, Any], *, skip: int = 0
 ) -> None:
     """FlowkitError unless the parameters of `function` after the first `skip` fit the options."""
-    parameters = dict(list(inspect.signature(function).parameters.items())[skip:])
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    signature = list(inspect.signature(function).parameters.items())[skip:]
+    parameters = {name: parameter for name, parameter in signature if parameter.kind in named}
     for name in options:
         if name not in parameters:
             takes = f"it takes {', '.join(parameters)}" if parameters else "it takes none"

@@ -169,12 +169,14 @@ class guided:  # noqa: N801 - reads as a function
     def __call__(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         v_c = self.conditional(x_t, t)
         low, high = self.interval
-        if self.scale == 1 or not low < float(t) < high:
+        times = expand_to(t, x_t)
+        inside = (low < times) & (times < high)
+        if self.scale == 1 or not inside.any():
             return v_c
         v_u = self.unconditional(x_t, t)
         v = v_u + self.scale * (v_c - v_u)
-        if self.rescale:
+        if self.rescale and v[0].numel() > 1:
             dims = tuple(range(1, v.ndim))
             ratio = v_c.std(dims, keepdim=True) / v.std(dims, keepdim=True).clamp(min=1e-12)
             v = v * (self.rescale * ratio + 1 - self.rescale)
-        return v
+        return torch.where(inside, v, v_c)

@@ -1,4 +1,4 @@
-"""Time grids for sampling: n + 1 increasing Python floats for n steps, ending at the data, t = 1."""
+"""Time grids for sampling: n + 1 increasing Python floats for n steps, the last of them 1."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The driver: it runs a solver's generator on a velocity, forwards (sample) or back (invert).
 
-    x_t = (1 - t) * noise + t * data        dx/dt = v(x, t)        t: 0 (noise) -> 1 (data)
+x_t = (1 - t) * noise + t * data        dx/dt = v(x, t)        t: 0 (noise) -> 1 (data)
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ def invert(
     return _drive(velocity, data, grid[::-1], solver, progress, callback, options)
 
 
-def evaluation_times(
-    solver: str | Solver, times: Sequence[float], **options: Any
-) -> list[float]:
+def evaluation_times(solver: str | Solver, times: Sequence[float], **options: Any) -> list[float]:
     """The times at which a solver evaluates the velocity, in order; their number is its NFE.
 
     times: in the order of the run, decreasing for an inversion.

@@ -72,6 +72,7 @@ X = torch.linspace(-2, 2, 48, dtype=torch.float64).reshape(3, 2, 2, 4)
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.5, 1.0])
 def test_equals_the_closed_form(row, t):
     model, expected = row(), gaussian_velocity(X, t)
+    assert (model.t_min, model.t_max) == (0.0, 1.0)
     single = torch.tensor(t, dtype=torch.float64)
     for time in (t, single, single.expand(3)):
         torch.testing.assert_close(model(X, time), expected, rtol=0, atol=1e-12)

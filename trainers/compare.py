@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 from flowkit.checkpoint import model_card, push
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
-from flowkit.eval import FrechetMoments, few_step_distances, load_extractor, straightness
+from flowkit.eval import few_step_distances, load_extractor, picture_moments, straightness
 from flowkit.eval.report import summary_markdown, write_grid
 from flowkit.files import atomic_file, write_json
 from flowkit.noise import derive_seed, keyed_noise
+from flowkit.samplers.grids import from_start
 from flowkit.trainers.pairing import conditioned, keyed_labels
 from flowkit.trainers.stages import Run
 from flowkit.velocity import Velocity, VelocityModel
@@ -62,11 +63,7 @@ class Comparison:
     def _measure(self, models: dict[str, VelocityModel]) -> dict[str, Any]:
         options, run = self.options, self.run
         seed = derive_seed(run.options.seed, "evaluate")
-        reference = FrechetMoments()
-        for start in range(0, len(self.reference), CHUNK):
-            rows = range(start, min(start + CHUNK, len(self.reference)))
-            pictures = self.reference.fetch(rows)["data"].to(run.accelerator.device)
-            reference.update(self.extractor(pictures))
+        reference = picture_moments(self.reference, self.extractor, chunk_size=CHUNK)
         summary: dict[str, Any] = {
             "seed": run.options.seed,
             "nfe": list(options.nfe),
@@ -75,8 +72,8 @@ class Comparison:
             "reference": f"{run.options.data.name} {options.split} ({len(self.reference)})",
         }
         for name, model in models.items():
-            bar = tqdm(total=len(options.nfe) * options.num_samples, desc=f"measure {name}")
-            with bar:
+            work = len(options.nfe) * options.num_samples
+            with tqdm(total=work, desc=f"measure {name}", unit="pictures") as bar:
                 distances = few_step_distances(
                     lambda indices, model=model: self._labelled(model, indices),
                     run.shape,
@@ -85,6 +82,7 @@ class Comparison:
                     seed=seed,
                     extractor=self.extractor,
                     reference=reference,
+                    start=model.t_min,
                     chunk_size=CHUNK,
                     device=run.accelerator.device,
                     progress=bar.update,
@@ -101,8 +99,11 @@ class Comparison:
     def _straightness(self, model: VelocityModel, seed: int) -> float:
         indices = range(self.options.straightness_samples)
         noise = keyed_noise(seed, indices, self.run.shape).to(self.run.accelerator.device)
-        velocity = self._labelled(model, indices)
-        return straightness(velocity, noise, num_steps=STRAIGHTNESS_STEPS).per_dim
+        velocity, times = (
+            self._labelled(model, indices),
+            from_start(model.t_min, STRAIGHTNESS_STEPS),
+        )
+        return straightness(velocity, (1 - times[0]) * noise, times=times).per_dim
 
     def _write(
         self, summary: dict[str, Any], models: dict[str, VelocityModel], method: str

@@ -64,7 +64,7 @@ def generate_pairs(
     source: JSON-able, what made the pairs (kept in the index, and compared on a restart).
     """
     index = _index(options, shape, num_classes, options.num_pairs, seed, source, "key")
-    times = grids.from_start(model.t_min, options.num_steps)
+    times = _times(model, options.grid, options.num_steps)
     device = accelerator.device
 
     def compute(indices: range, noise: Tensor | None) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def invert_pictures(
 ) -> PairStore:
     """Pair the real pictures with the noise of their inversion (Lee et al., 2024, config G)."""
     index = _index(options, data.shape, num_classes, len(data), seed, source, "tensor")
-    times = grids.from_start(model.t_min, options.real_steps)
+    times = _times(model, options.grid, options.real_steps)
     device = accelerator.device
 
     def compute(indices: range, noise: Tensor | None) -> dict[str, Tensor]:
@@ -119,9 +119,15 @@ def conditioned(
     return guided(conditional, nothing, scale)
 
 
+def _times(model: VelocityModel, grid: str, num_steps: int) -> list[float]:
+    if grid == "uniform":
+        return grids.from_start(model.t_min, num_steps)
+    return grids.edm(num_steps, sigma_max=1 / max(model.t_min, 1e-3) - 1)
+
+
 def _null_class(model: VelocityModel) -> int:
     config: Any = getattr(model.net, "config", {})
-    count = config.get("num_classes") or config.get("num_embeds_ada_norm")
+    count = getattr(model, "null_class", None) or config.get("num_classes")
     if count is None:
         raise FlowkitError(
             f"{type(model.net).__name__} has no unconditional class to guide with; "

@@ -80,6 +80,9 @@ class PairOptions:
     num_pairs: int = option(10_000, "pairs a round")
     solver: str = option("heun", "solver of the teacher's ODE")
     num_steps: int = option(12, "solver steps (Heun: two network evaluations each)")
+    grid: Literal["uniform", "edm"] = option(
+        "uniform", "times of those steps: of one length, or EDM's (rho 7), for EDM teachers"
+    )
     guidance_scale: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
     shard_size: int = option(2_000, "pairs a file")
     chunk_size: int = option(500, "pairs the teacher makes at once; fixes the pairs' last bits")

@@ -72,34 +72,38 @@ class NCSNpp(UNet):
         for name, choices in _CHOICES.items():
             if given[name] not in choices:
                 raise FlowkitError(f"{name} must be one of {choices}, got {given[name]!r}")
-        taps = tuple(resample_filter)
-        width, outputs = model_channels, out_channels or in_channels
         style = BlockStyle(
-            emb_channels=4 * width,
+            emb_channels=4 * model_channels,
             eps=1e-6,
             residual_scale=math.sqrt(0.5),
             adaptive=False,
-            resample_filter=taps,
+            resample_filter=tuple(resample_filter),
             resample_conv=True,
             head_channels=None,
             dropout=dropout,
         )
-        self._build_blocks(width, style, attend_all=False)
-        self._build_embedding(2 * width if embedding == "fourier" else width)
-        levels = [width * mult for mult in channel_mult]
-        inputs = [in_channels, *levels[:-1]]
+        self._build_blocks(model_channels, style, attend_all=False)
+        self._build_embedding()
+        self._build_pyramids(style)
+        self._initialise()
+
+    def _build_pyramids(self, style: BlockStyle) -> None:
+        config, taps = self.config, style.resample_filter
+        outputs = config.out_channels or config.in_channels
+        levels = [config.model_channels * mult for mult in config.channel_mult]
+        inputs = [config.in_channels, *levels]
         self.pyramid = nn.ModuleList(
             PyramidConv(inputs[level], levels[level], taps)
             for level in range(len(levels) - 1)
-            if encoder == "residual"
+            if config.encoder == "residual"
         )
-        tops = levels if decoder == "skip" else levels[:1]
+        tops = levels if config.decoder == "skip" else levels[:1]
         self.heads = nn.ModuleList(Head(top, outputs, style.eps) for top in tops)
-        self.upsample = Resample(taps, up=True) if decoder == "skip" else None
-        self._initialise()
+        self.upsample = Resample(taps, up=True) if config.decoder == "skip" else None
 
-    def _build_embedding(self, dim: int) -> None:
+    def _build_embedding(self) -> None:
         config = self.config
+        dim = config.model_channels * (2 if config.embedding == "fourier" else 1)
         if config.embedding == "fourier":
             self.fourier = FourierFeatures(dim)
         else:
