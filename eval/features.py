@@ -1,7 +1,7 @@
 """Feature extractors: pictures (B, C, H, W) in [-1, 1] to features (B, d), for set distances.
 
 digits           the small network shipped in eval/weights, for 8x8 digits: 64 numbers
-cifar-resnet20   a CIFAR-10 classifier's mean activations after each stage: 112 numbers
+cifar-resnet20   a CIFAR-10 classifier's mean activations after each stage: 112 numbers, at any size
 pixels           the pictures themselves
 module:name      any callable or nn.Module of yours
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,9 +49,20 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, d) float32, on the extractor's device."""
+        """(B, C, H, W) in [-1, 1] of any float dtype -> (B, d) float32, on the extractor's device.
+
+        FlowkitError: the network does not take pictures of this shape.
+        """
+        if not pictures.is_floating_point():
+            raise FlowkitError(
+                f"features {self.id!r} take floats in [-1, 1], got {pictures.dtype} pictures; "
+                "map levels 0..255 by x / 127.5 - 1"
+            )
+        parts = pictures.split(BATCH)
         try:
-            rows = [self.net(batch.to(self.device)).float() for batch in pictures.split(BATCH)]
+            rows = [self.net(part.to(self.device, torch.float32)).float() for part in parts]
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise FlowkitError(
                 f"features {self.id!r} do not take pictures of shape {tuple(pictures.shape[1:])} "
@@ -84,9 +97,14 @@ class DigitsNet(nn.Module):
 class ResNet20(nn.Module):
     """The CIFAR ResNet-20 with parameter-free shortcuts (He et al., 2015, arXiv:1512.03385, 4.2).
 
-    Module names follow akamaster/pytorch_resnet_cifar10, whose weights it takes.
+    Module names follow akamaster/pytorch_resnet_cifar10, whose weights it takes.  On JPEG copies
+    of CIFAR-10, the Fréchet distance of 2,000 training to 2,000 test pictures is 0.13 at 32x32
+    (uniform noise 63, accuracy 0.81), and 0.25 at 16x16 (noise 52, accuracy 0.64): the smaller
+    size works, as a scale of its own.
     """
 
+    mean: Tensor
+    std: Tensor
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self) -> None:
@@ -141,18 +159,17 @@ def load_extractor(
     """The extractor of that name, ready to use.
 
     weights: a file to read instead of the usual one.  FlowkitError: no such extractor, or its
-    weights are not there (which file, with which hash, belongs where).
+    weights are not there (which file, with which hash, belongs where) or not readable.
     """
+    if weights is not None and (":" in name or name == "pixels"):
+        raise FlowkitError(f"features {name!r} read no weights, got {os.fspath(weights)!r}")
     if ":" in name:
         return Extractor(name, _from_module(name), device)
-    build = look_up(
-        "features", name, {"digits": _digits, "cifar-resnet20": _resnet20, "pixels": _pixels}
-    )
-    net, digest = build(None if weights is None else Path(weights))
+    net, digest = look_up("features", name, _BUILDERS)(None if weights is None else Path(weights))
     return Extractor(f"{name}{digest and '@' + digest}", net, device)
 
 
-def _pixels(weights: Path | None) -> tuple[Callable[[Tensor], Tensor], str]:
+def _pixels(weights: Path | None) -> tuple[nn.Module, str]:
     return nn.Flatten(), ""
 
 
@@ -160,29 +177,40 @@ def _digits(weights: Path | None) -> tuple[nn.Module, str]:
     path = weights or DIGITS_WEIGHTS
     digest = _sha256(path, "digits.safetensors, which eval/train_digits_features.py makes,")
     net = DigitsNet()
-    _load(net, load_file(path), path)
+    _load(net, path, load_file)
     return net, digest
 
 
 def _resnet20(weights: Path | None) -> tuple[nn.Module, str]:
     path = weights or data_folder() / "weights" / "resnet20-12fca82f.th"
-    digest = _sha256(path, f"resnet20-{RESNET20_SHA256}.th of akamaster/pytorch_resnet_cifar10")
+    source = "akamaster/pytorch_resnet_cifar10"
+    what = f"{source}'s resnet20-{RESNET20_SHA256}.th (sha256 {RESNET20_SHA256}...)"
+    digest = _sha256(path, what)
     if weights is None and not digest.startswith(RESNET20_SHA256):
         raise FlowkitError(
             f"{path} has sha256 {digest}..., expected {RESNET20_SHA256}...; fetch it again"
         )
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
     net = ResNet20()
-    _load(net, {name.removeprefix("module."): value for name, value in state.items()}, path)
+    _load(net, path, _read_checkpoint)
     return net, digest
 
 
-def _load(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    state = loaded.get("state_dict", loaded)
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+# What reading raises on damaged files, then on sound ones that hold something else.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError)
+_UNSUITED = (KeyError, AttributeError, TypeError)
+
+
+def _load(net: nn.Module, path: Path, read: Callable[[Path], dict[str, Tensor]]) -> None:
     try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        net.load_state_dict(read(path))
+    except (*_UNREADABLE, *_UNSUITED) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FlowkitError(f"{path} does not hold a {type(net).__name__}: {reason}") from None
 
 
@@ -199,6 +227,18 @@ def _from_module(name: str) -> Callable[[Tensor], Tensor]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise FlowkitError(f"features {name!r}: {error}; expected module:attribute") from None
+    if not callable(found):
+        raise FlowkitError(
+            f"features {name!r} are a {type(found).__name__}; "
+            "expected a function of pictures, an nn.Module or its class"
+        )
     return found() if isinstance(found, type) else found
+
+
+_BUILDERS: dict[str, Callable[[Path | None], tuple[nn.Module, str]]] = {
+    "digits": _digits,
+    "cifar-resnet20": _resnet20,
+    "pixels": _pixels,
+}

@@ -19,7 +19,8 @@ __all__ = ["Straightness", "straightness"]
 
 @dataclass(frozen=True)
 class Straightness:
-    """total: S, summed over dimensions.  per_dim: S / D.  relative: S / E |x_1 - x_0|^2."""
+    """total: S, summed over dimensions.  per_dim: S / D.  relative: S / E |x_1 - x_0|^2, nan when
+    nothing moves."""
 
     total: float
     per_dim: float
@@ -38,20 +39,27 @@ def straightness(
     arXiv:2209.03003, eq. 3).
 
     times: increasing, instead of num_steps equal ones; slopes count by their step's length.
+    FlowkitError: times that do not increase, a velocity that is not finite.
 
     On Euler's path sum_i dt_i |v_i - c|^2 = sum_i dt_i |v_i|^2 - |x_1 - x_0|^2 / T, where
-    c = (x_1 - x_0) / T, so one pass over the path is enough.
+    c = (x_1 - x_0) / T, so one pass over the path is enough.  Both sums are in float64: the
+    difference is small on straight paths.
     """
     times = uniform(num_steps) if times is None else times
     if len(times) < 2 or any(t >= s for t, s in zip(times, times[1:], strict=False)):
         raise FlowkitError(f"times must increase from noise (0) to data (1), got {times}")
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    squares = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    start, duration = x, times[-1] - times[0]
+    wide = torch.device("cpu") if x.device.type == "mps" else x.device  # MPS has no float64
+    squares = torch.zeros(len(x), dtype=torch.float64, device=wide)
+    path = torch.zeros_like(x, dtype=torch.float64, device=wide)
     for t, s in zip(times, times[1:], strict=False):
         v = velocity(x, t)
-        squares += (s - t) * v.double().square().flatten(1).sum(1)
         x = x + (s - t) * v
-    moved = (x - start).double().square().flatten(1).sum(1) / duration
-    total = float((squares - moved).mean())
-    return Straightness(total, total / noise[0].numel(), total / float(moved.mean()))
+        slope = v.to(wide).double()
+        squares += (s - t) * slope.square().flatten(1).sum(1)
+        path += (s - t) * slope
+    moved = path.square().flatten(1).sum(1).mean() / (times[-1] - times[0])
+    total = squares.mean() - moved
+    if not total.isfinite():
+        raise FlowkitError("the velocity is not finite on these paths; check the model's weights")
+    return Straightness(float(total), float(total) / noise[0].numel(), float(total / moved))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +31,9 @@ class FrechetMoments:
         self.n = 0
         self.shift = self.sum = self.outer = torch.empty(0, dtype=torch.float64)
 
-    def update(self, features: Tensor) -> None:
-        """Add features (B, d) of any float dtype; raises FlowkitError when one is not finite."""
-        features = _rows(features).double()
+    def update(self, features: Tensor | np.ndarray) -> None:
+        """Add features (B, d) of any real dtype; raises FlowkitError when one is not finite."""
+        features = _rows(features)
         if not len(features):
             return
         if not self.n:
@@ -63,10 +64,11 @@ class FrechetMoments:
                 f"cannot merge moments of {len(self.shift)} and {len(other.shift)} dimensions; "
                 "use one extractor"
             )
-        move = other.shift - self.shift  # other's sums, about our shift
-        cross = torch.outer(other.sum, move)
-        self.outer += other.outer + cross + cross.T + other.n * torch.outer(move, move)
-        self.sum += other.sum + other.n * move
+        theirs, outer = other.sum.to(self.sum), other.outer.to(self.outer)
+        move = other.shift.to(self.shift) - self.shift  # other's sums, about our shift
+        cross = torch.outer(theirs, move)
+        self.outer += outer + cross + cross.T + other.n * torch.outer(move, move)
+        self.sum += theirs + other.n * move
         self.n += other.n
 
     @property
@@ -103,19 +105,24 @@ class Frechet:
     rank_deficient: bool
 
 
-def frechet_distance(a: Tensor | FrechetMoments, b: Tensor | FrechetMoments) -> float:
-    """The Fréchet distance of two sets: features (N, d), or moments."""
+Features = Tensor | np.ndarray | FrechetMoments
+
+
+def frechet_distance(a: Features, b: Features) -> float:
+    """The Fréchet distance of two sets: features (N, d), tensors or arrays, or moments."""
     return frechet_parts(a, b).value
 
 
-def frechet_parts(a: Tensor | FrechetMoments, b: Tensor | FrechetMoments) -> Frechet:
+def frechet_parts(a: Features, b: Features) -> Frechet:
     """The Fréchet distance with its parts.
 
     a, b: features (N, d) or FrechetMoments.  When both are features and both N < d, no d x d
     matrix is formed.  FlowkitError: other dimensions, fewer than two samples, values not finite.
     """
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and max(len(a), len(b)) < a.shape[-1]:
-        return _from_features(_rows(a).double(), _rows(b).double())
+    if not isinstance(a, FrechetMoments) and not isinstance(b, FrechetMoments):
+        a, b = _rows(a), _rows(b)
+        if max(len(a), len(b)) < a.shape[1]:
+            return _from_features(a.cpu(), b.cpu())
     first, second = _moments(a), _moments(b)
     m1, m2, s1, s2 = first.mean.cpu(), second.mean.cpu(), first.cov.cpu(), second.cov.cpu()
     _same_dimension(len(m1), len(m2))
@@ -149,7 +156,7 @@ def _parts(gap: Tensor, t1: Tensor, t2: Tensor, cross: Tensor, n1: int, n2: int)
     return Frechet(value, mean_term, float(t1), float(t2), float(cross), n1, n2, d, deficient)
 
 
-def _moments(source: Tensor | FrechetMoments) -> FrechetMoments:
+def _moments(source: Features) -> FrechetMoments:
     if isinstance(source, FrechetMoments):
         return source
     moments = FrechetMoments()
@@ -157,12 +164,14 @@ def _moments(source: Tensor | FrechetMoments) -> FrechetMoments:
     return moments
 
 
-def _rows(features: Tensor) -> Tensor:
+def _rows(features: Tensor | np.ndarray) -> Tensor:
+    """Checked features in float64, on the CPU if their device has none."""
+    features = torch.as_tensor(features)
     if features.ndim != 2:
         raise FlowkitError(f"features must be (N, d), got shape {tuple(features.shape)}")
     if not features.isfinite().all():
         raise FlowkitError("features are not finite; check the pictures that they were made from")
-    return features
+    return features.cpu().double() if features.device.type == "mps" else features.double()
 
 
 def _same_dimension(d1: int, d2: int) -> None:

@@ -51,6 +51,7 @@ def few_step_distances(
     decode: latents to pictures.  progress: told how many samples were made.
     Sample i's noise is keyed_noise(seed, [i], shape); chunks have a fixed size, so the numbers do
     not depend on what else is running.  Returns one distance per entry of nfe.
+    FlowkitError: nothing to measure, or pictures that are not finite.
     """
     if num_samples < 2 or min(nfe, default=0) < 1:
         raise FlowkitError(f"need 2 samples and 1 step or more, got {num_samples} and nfe={nfe}")
@@ -61,8 +62,13 @@ def few_step_distances(
         noise = (1 - start) * keyed_noise(seed, indices, shape).to(device)
         for steps, seen in zip(nfe, moments, strict=True):
             x = sample(velocity, noise, from_start(start, steps)).x
-            pictures = (x if decode is None else decode(x)).clamp(-1, 1)
-            seen.update(extractor(pictures))
+            pictures = x if decode is None else decode(x)
+            if not pictures.isfinite().all():  # clamping would hide an infinity
+                raise FlowkitError(
+                    f"the flow makes pictures that are not finite in {steps} steps "
+                    f"(samples {indices.start} to {indices.stop - 1}); check the model's weights"
+                )
+            seen.update(extractor(pictures.clamp(-1, 1)))
             if progress is not None:
                 progress(len(indices))
     return [frechet_distance(seen, reference) for seen in moments]

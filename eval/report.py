@@ -49,7 +49,8 @@ def _labelled(label: str, pictures: Tensor, rows: int) -> Image.Image:
     zoom = max(1, math.ceil(MIN_SIDE / shown.shape[-1]))
     shown = F.interpolate(shown, scale_factor=zoom, mode="nearest")
     grid = to_pil_image(make_grid(shown, nrow=rows, padding=PADDING, pad_value=1.0))
-    canvas = Image.new("RGB", (grid.width, grid.height + LABEL_HEIGHT), "white")
+    width = max(grid.width, math.ceil(ImageDraw.Draw(grid).textlength(label)) + 2 * PADDING)
+    canvas = Image.new("RGB", (width, grid.height + LABEL_HEIGHT), "white")
     canvas.paste(grid, (0, LABEL_HEIGHT))
     ImageDraw.Draw(canvas).text((PADDING, 3), label, fill="black")
     return canvas

@@ -64,7 +64,8 @@ def main() -> None:
         print(f"FD({name}, test) {frechet_distance(features(pictures), real):.2f}")
     DIGITS_WEIGHTS.parent.mkdir(exist_ok=True)
     with atomic_file(DIGITS_WEIGHTS) as path:
-        save_file(net.state_dict(), path, {"seed": str(seed), "steps": str(STEPS)})
+        # One key: safetensors writes several in random order, and the file's hash is its name.
+        save_file(net.state_dict(), path, {"training": f"seed {seed}, {STEPS} steps of {BATCH}"})
 
 
 if __name__ == "__main__":

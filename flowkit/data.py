@@ -5,16 +5,15 @@ data = 2 * level / peak - 1        peak: 255, or 16 for scikit-learn's digits
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowkit.errors import FlowkitError
+from flowkit.pictures import UNREADABLE, FilePictures, channels_first, one_line, resized
+from flowkit.registry import look_up
 
-__all__ = ["FilePictures", "ImageData", "data_folder", "load_data"]
+__all__ = ["ImageData", "data_folder", "load_data"]
 
-_PACKS = {"cifar10-jpeg": "cifar10_{}_jpeg.npz", "mnist": "mnist_{}.npz"}
+_PACKS = {
+    "cifar10-jpeg": {"train": "cifar10_train_jpeg.npz", "test": "cifar10_test_jpeg.npz"},
+    "mnist": {"train": "mnist_train.npz", "test": "mnist_test.npz"},
+}
 _TORCHVISION = ["cifar10", "cifar100", "fashionmnist", "svhn", "stl10", "celeba", "imagenet"]
 _SPLITS = {"train", "test", "val", "validation"}
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_GREY = ("1", "L", "LA")
-_UNREADABLE = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,80 +71,18 @@ class ImageData:
     def fingerprint(self) -> str:
         """sha256 of shape, levels and labels; files count by name, length and zip checksum."""
         digest = hashlib.sha256(f"{tuple(self.pictures.shape)}/{self.peak}".encode())
-        if isinstance(self.pictures, Tensor):
-            digest.update(self.pictures.contiguous().numpy().data)
-        else:
-            digest.update(self.pictures.identity.encode())
-        if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy().data)
+        for part in (self.pictures, self.labels):
+            if isinstance(part, Tensor):
+                digest.update(part.contiguous().numpy().data)
+            elif part is not None:
+                digest.update(part.identity.encode())
         return digest.hexdigest()
-
-
-@dataclass(eq=False)
-class FilePictures:
-    """Pictures that stay on disk: indexed by rows (B,) they are decoded to uint8 (B, C, H, W).
-
-    open_image: index to Pillow image, picklable.  titles: what errors call the pictures.
-    identity: a text that changes when the pictures do.  size: side after a central square crop
-    and a resize; without it all must be of one size, which is read at once off the headers.
-    Grey or colour is the first picture's choice.
-    """
-
-    open_image: Callable[[int], Image.Image]
-    titles: Sequence[str]
-    identity: str
-    size: int | None = None
-    shape: tuple[int, int, int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        with self._opened(0) as image:
-            mode, (width, height) = image.mode, image.size
-        sides = (height, width) if self.size is None else (self.size, self.size)
-        self.shape = (len(self.titles), 1 if mode in _GREY else 3, *sides)
-        for index in range(1, len(self.titles) if self.size is None else 0):
-            with self._opened(index) as image:
-                other = image.size
-            if other != (width, height):
-                raise FlowkitError(
-                    f"pictures differ in size: {self.titles[0]} is {width}x{height}, "
-                    f"{self.titles[index]} is {other[0]}x{other[1]}; set size to crop and resize"
-                )
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        levels = torch.empty(len(rows), *self.shape[1:], dtype=torch.uint8)
-        for place, index in enumerate(rows.tolist()):
-            levels[place] = self._decode(index)
-        return levels
-
-    def _decode(self, index: int) -> Tensor:
-        grey = self.shape[1] == 1
-        with self._opened(index) as image:
-            mode = image.mode
-            levels = np.array(image.convert("L" if grey else "RGB"))
-        if mode.startswith(("I", "F")) or (grey and mode not in _GREY):
-            raise FlowkitError(
-                f"{self.titles[index]} has Pillow mode {mode}, which is not 8-bit "
-                f"{'grey as the first picture' if grey else 'colour'}; convert it"
-            )
-        picture = _channels_first(levels[None])
-        return picture[0] if self.size is None else _resized(picture, self.size)[0]
-
-    @contextmanager
-    def _opened(self, index: int) -> Iterator[Image.Image]:
-        try:
-            with self.open_image(index) as image:
-                yield image
-        except _UNREADABLE as error:
-            title = self.titles[index]
-            raise FlowkitError(f"{title} is not a readable picture: {_line(error)}") from error
 
 
 def data_folder(root: str | os.PathLike[str] | None = None) -> Path:
     """Where data sets lie: `root`, else $FLOWKIT_DATA, else ../shared/data beside the checkout."""
-    chosen = root or os.environ.get("FLOWKIT_DATA")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(__file__).resolve().parents[2] / "shared" / "data"
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(root or os.environ.get("FLOWKIT_DATA") or beside).expanduser()
 
 
 def load_data(
@@ -182,34 +121,32 @@ def load_data(
         return _folder_or_zip(name, path, split, size)
     if kind == "folder" or path.suffix == ".zip" or "/" in name:
         raise FlowkitError(f"data set '{name}': no folder or zip of pictures at {path.absolute()}")
-    known = ["digits", *_PACKS, *_TORCHVISION]
-    others = "torchvision:NAME, hf:NAME, and paths of folders and zips"
-    near = _nearest(name, known)
-    raise FlowkitError(f"unknown data set '{name}'{near}; there are {', '.join(known)}, {others}")
+    names = ["digits", *_PACKS, *_TORCHVISION]
+    near = "".join(f", did you mean '{n}'?" for n in get_close_matches(name.lower(), names, n=1))
+    known = ", ".join([*names, "torchvision:NAME", "hf:NAME", "paths of folders and zips"])
+    raise FlowkitError(f"unknown data set '{name}'{near}; known: {known}")
 
 
 def _digits(split: str, size: int | None) -> ImageData:
     from sklearn.datasets import load_digits
 
-    _require_split("digits", split, {"train", "test"})
+    part = look_up("digits split", split, {"train": slice(1297), "test": slice(1297, None)})
     bunch = load_digits()
-    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-    rows = (order[:1297] if split == "train" else order[1297:]).numpy()
+    rows = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[part].numpy()
     levels = bunch.images[rows].astype(np.uint8)
     return _in_memory("digits", split, levels, bunch.target[rows], size, peak=16)
 
 
 def _pack(name: str, split: str, folder: Path, size: int | None) -> ImageData:
-    _require_split(name, split, {"train", "test"})
-    path = folder / _PACKS[name].format(split)
+    path = folder / look_up(f"{name} split", split, _PACKS[name])
     if not path.is_file():
         raise FlowkitError(f"data set '{name}' ({split}): no {path}; set FLOWKIT_DATA or root")
     try:
         with np.load(path) as pack:
             levels = pack["images"] if "images" in pack else _jpeg_levels(pack)
             return _in_memory(name, split, levels, pack["labels"], size)
-    except (*_UNREADABLE, KeyError, EOFError) as error:
-        raise FlowkitError(f"{path} is not a whole '{name}' pack: {_line(error)}") from error
+    except UNREADABLE as error:
+        raise FlowkitError(f"{path} is not a whole '{name}' pack: {one_line(error)}") from error
 
 
 def _jpeg_levels(pack: Any) -> np.ndarray:
@@ -223,34 +160,33 @@ def _jpeg_levels(pack: Any) -> np.ndarray:
     return np.stack(pictures)
 
 
-def _torchvision(
-    name: str, split: str, folder: Path, size: int | None, download: bool
-) -> ImageData:
+def _torchvision(name: str, split: str, root: Path, size: int | None, download: bool) -> ImageData:
     from torchvision import datasets
 
-    classes = {known.lower(): known for known in datasets.__all__}
-    if name.lower() not in classes:
-        raise FlowkitError(f"torchvision has no data set '{name}'{_nearest(name, classes)}")
-    make = getattr(datasets, classes[name.lower()])
-    title, takes = f"torchvision:{make.__name__}", inspect.signature(make).parameters
-    if "train" in takes:
-        _require_split(title, split, {"train", "test"})
-    options: dict[str, Any] = {"train": split == "train"} if "train" in takes else {"split": split}
+    classes = {known.lower(): known for known in datasets.__all__ if known[0].isupper()}
+    make = getattr(datasets, look_up("torchvision data set", name.lower(), classes))
+    title = f"torchvision:{make.__name__}"
+    options: dict[str, Any] = {"download": True} if download else {}
+    if "train" in inspect.signature(make).parameters:
+        options["train"] = look_up(f"{title} split", split, {"train": True, "test": False})
+    else:
+        options["split"] = split
     try:
-        dataset = make(folder, **options, **({"download": True} if download else {}))
+        dataset = make(root, **options)
     except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
         below = f"{make.__name__}/raw" if issubclass(make, datasets.MNIST) else ""
         raise FlowkitError(
-            f"{title} ({split}) cannot be read: {_line(error)}; its files belong in "
-            f"{folder / getattr(make, 'base_folder', below)}, where load_data(..., download=True) "
+            f"{title} ({split}) cannot be read: {one_line(error)}; its files belong in "
+            f"{root / getattr(make, 'base_folder', below)}, where load_data(..., download=True) "
             "lets torchvision fetch them"
         ) from error
     keys = ("targets", "labels", "_labels")  # torchvision has no one name for them
     labels = next((getattr(dataset, key) for key in keys if hasattr(dataset, key)), None)
-    if hasattr(dataset, "data"):
+    if isinstance(getattr(dataset, "data", None), (np.ndarray, Tensor)):
         return _in_memory(title, split, np.asarray(dataset.data), labels, size)
-    titles = [f"{title} ({split}) picture {i}" for i in range(len(dataset))]
-    return _on_disk(title, split, partial(_item, dataset), titles, title, labels, size)
+    source = f"{title} ({split})"
+    files = FilePictures(partial(_item, dataset), source, range(len(dataset)), source, size)
+    return ImageData(title, split, files, *_classes(labels))
 
 
 def _item(dataset: Any, index: int) -> Image.Image:
@@ -258,28 +194,29 @@ def _item(dataset: Any, index: int) -> Image.Image:
 
 
 def _hub(name: str, split: str, size: int | None) -> ImageData:
+    title = f"hf:{name}"
     try:
         import datasets
     except ImportError as error:
-        raise FlowkitError(f"hf:{name} needs `pip install datasets`") from error
+        raise FlowkitError(f"{title} needs `pip install datasets`") from error
     path = Path(name).expanduser()
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
         table = datasets.load_from_disk(path) if saved else datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError) as error:
-        raise FlowkitError(f"hf:{name} cannot be loaded: {_line(error)}") from error
+        raise FlowkitError(f"{title} cannot be loaded: {one_line(error)}") from error
     splits = table if isinstance(table, dict) else {str(table.split or "train"): table}
-    _require_split(f"hf:{name}", split, splits)
-    table, kinds = splits[split], splits[split].features
+    table = look_up(f"{title} split", split, splits)
+    kinds = table.features
     column = next((key for key, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
-        raise FlowkitError(f"hf:{name} has no column of pictures, only {', '.join(kinds)}")
-    classes = (key for key, kind in kinds.items() if isinstance(kind, datasets.ClassLabel))
-    key = next(classes, "label")
+        raise FlowkitError(f"{title} has no column of pictures, only {', '.join(kinds)}")
+    key = next((k for k, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), "label")
     labels = table[key][:] if key in kinds else None
     opener = partial(_record, table.cast_column(column, datasets.Image(decode=False)), column)
-    titles = [f"hf:{name} ({split}) picture {i}" for i in range(len(table))]
-    return _on_disk(f"hf:{name}", split, opener, titles, table._fingerprint, labels, size)
+    source = f"{title} ({split})"
+    files = FilePictures(opener, source, range(len(table)), table._fingerprint, size)
+    return ImageData(title, split, files, *_classes(labels))
 
 
 def _record(table: Any, column: str, index: int) -> Image.Image:
@@ -289,18 +226,15 @@ def _record(table: Any, column: str, index: int) -> Image.Image:
 
 def _folder_or_zip(name: str, path: Path, split: str, size: int | None) -> ImageData:
     below = {entry.name for entry in path.iterdir() if entry.is_dir()} if path.is_dir() else set()
-    has_splits = bool(below) and below <= _SPLITS
-    _require_split(name, split, below if has_splits else {"train"})
-    path = path / split if has_splits else path
+    parts = {part: path / part for part in sorted(below)} if below <= _SPLITS else {}
+    path = look_up(f"{name} split", split, parts or {"train": path})
     stamp = None if path.is_dir() else path.stat().st_mtime_ns
     files = _listing(path, stamp)
     names = [file for file in files if file.lower().endswith(_SUFFIXES)]
-    labels = _named_labels(path, stamp, names, "dataset.json" in files)
-    titles = [f"{path}/{file}" for file in names]
+    labels = _labels(path, stamp, names, "dataset.json" in files)
     identity = "\n".join(f"{file} {files[file]}" for file in names)
-    return _on_disk(
-        name, split, partial(_member, path, stamp, names), titles, identity, labels, size
-    )
+    pictures = FilePictures(partial(_member, path, stamp), str(path), names, identity, size)
+    return ImageData(name, split, pictures, *_classes(labels))
 
 
 def _listing(path: Path, stamp: int | None) -> dict[str, str]:
@@ -312,8 +246,8 @@ def _listing(path: Path, stamp: int | None) -> dict[str, str]:
     else:
         try:
             entries = _archive(path, stamp, os.getpid()).infolist()
-        except _UNREADABLE as error:
-            raise FlowkitError(f"{path} is not a readable zip: {_line(error)}") from error
+        except UNREADABLE as error:
+            raise FlowkitError(f"{path} is not a readable zip: {one_line(error)}") from error
         sizes = {entry.filename: f"{entry.file_size} {entry.CRC}" for entry in entries}
     return {n: sizes[n] for n in sorted(sizes) if not any(p[0] in "._" for p in n.split("/") if p)}
 
@@ -324,27 +258,21 @@ def _archive(path: Path, stamp: int, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _member(path: Path, stamp: int | None, names: Sequence[str], index: int) -> Image.Image:
+def _member(path: Path, stamp: int | None, name: str) -> Image.Image:
     if stamp is None:
-        return Image.open(path / names[index])
-    return Image.open(_archive(path, stamp, os.getpid()).open(names[index]))
+        return Image.open(path / name)
+    return Image.open(_archive(path, stamp, os.getpid()).open(name))
 
 
-def _named_labels(
-    path: Path, stamp: int | None, names: Sequence[str], manifest: bool
-) -> list[int] | None:
+def _labels(path: Path, stamp: int | None, names: list[str], manifest: bool) -> list[int] | None:
     if manifest:
         file = path / "dataset.json"
-        text = (
-            file.read_bytes()
-            if stamp is None
-            else _archive(path, stamp, os.getpid()).read(file.name)
-        )
         try:
-            table = json.loads(text)["labels"]
-            labels = None if table is None else dict(table)
-            return None if labels is None else [labels[name] for name in names]
-        except (ValueError, KeyError, TypeError) as error:
+            archive = None if stamp is None else _archive(path, stamp, os.getpid())
+            text = archive.read(file.name) if archive else file.read_bytes()
+            labels = dict(json.loads(text)["labels"] or {})
+            return [labels[name] for name in names] if labels else None
+        except (*UNREADABLE, TypeError) as error:
             raise FlowkitError(f"{file} does not give each picture's label: {error!r}") from error
     folders = [name.rpartition("/")[0].partition("/")[0] for name in names]
     if stamp is not None or not any(folders):
@@ -355,27 +283,12 @@ def _named_labels(
     return [places[folder] for folder in folders]
 
 
-def _on_disk(
-    name: str,
-    split: str,
-    opener: Callable[[int], Image.Image],
-    titles: Sequence[str],
-    identity: str,
-    labels: Any,
-    size: int | None,
-) -> ImageData:
-    if not titles:
-        raise FlowkitError(f"data set '{name}' ({split}) holds no pictures")
-    pictures = FilePictures(opener, titles, identity, size)
-    return ImageData(name, split, pictures, *_classes(labels))
-
-
 def _in_memory(
     name: str, split: str, levels: np.ndarray, labels: Any, size: int | None, peak: int = 255
 ) -> ImageData:
-    pictures = _channels_first(levels)
+    pictures = channels_first(levels)
     if size is not None and tuple(pictures.shape[-2:]) != (size, size):
-        pictures, peak = _resized(pictures, size, peak), 255
+        pictures, peak = resized(pictures, size, peak), 255
     return ImageData(name, split, pictures, *_classes(labels), peak)
 
 
@@ -385,42 +298,3 @@ def _classes(labels: Any) -> tuple[Tensor | None, int | None]:
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or numbers.min() < 0:
         return None, None
     return torch.from_numpy(numbers.astype(np.int64)), int(numbers.max()) + 1
-
-
-def _channels_first(levels: np.ndarray) -> Tensor:
-    """uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) to (N, C, H, W)."""
-    if levels.ndim == 3:
-        levels = levels[..., None]
-    if levels.shape[-1] in (1, 3):
-        levels = levels.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(levels))
-
-
-def _resized(levels: Tensor, size: int, peak: int = 255) -> Tensor:
-    """Central square at (size, size): uint8 (N, C, H, W) in [0, peak] to uint8 in [0, 255]."""
-    side = min(levels.shape[-2:])
-    top, left = ((extent - side) // 2 for extent in levels.shape[-2:])
-    square = levels[..., top : top + side, left : left + side]
-    if side == size and peak == 255:
-        return square.contiguous()
-    parts = []
-    for part in square.split(1024):  # bounds the float copy
-        scaled = part.float().mul_(255 / peak)
-        out = F.interpolate(scaled, (size, size), mode="bicubic", antialias=True)
-        parts.append(out.round_().clamp_(0, 255).to(torch.uint8))
-    return torch.cat(parts)
-
-
-def _require_split(name: str, split: str, splits: Iterable[str]) -> None:
-    if split not in splits:
-        have = ", ".join(sorted(splits))
-        raise FlowkitError(f"data set '{name}' has no split '{split}'; it has {have}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

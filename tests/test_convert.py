@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from flowkit.convert import load_edm
+from flowkit.adapters import from_diffusers
+from flowkit.convert import load_edm, main
 from flowkit.errors import FlowkitError
+from flowkit.files import read_json
 from flowkit.nets.adm import ADM
 from flowkit.nets.ncsnpp import NCSNpp
 
@@ -286,3 +288,47 @@ def test_pickled_networks_are_refused(tmp_path):
     for name in ("cut.safetensors", "cut.pth", "absent.pth"):
         with pytest.raises(FlowkitError, match=name):
             load_edm(tmp_path / name)
+
+
+def test_augmentation_can_be_left_out(edm_state, batch):
+    x, c = batch
+    whole, bare = load_edm(edm_state), load_edm(edm_state, augmentation=False)
+    assert whole.num_parameters() - bare.num_parameters() == 9 * 8
+    assert bare.config.augment_dim == 0
+    assert torch.equal(whole(x.float(), c.float()).sample, bare(x.float(), c.float()).sample)
+
+
+def test_command_edm(batch, tmp_path):
+    """FILE -> folder -> velocity, against EDM's preconditioning around the reference network."""
+    x, _ = batch
+    store = Store()
+    t = torch.tensor([0.03, 0.4, 0.9], dtype=torch.float64)
+    wide, sigma = t[:, None, None, None], (1 - t) / t
+    power = (sigma**2 + 0.25)[:, None, None, None]
+    labels = torch.tensor([0, 4, 2])
+    one_hot, y = F.one_hot(labels, 5).double(), x / wide
+    output = edm_song(store, y / power.sqrt(), sigma.log() / 4, one_hot, **SMALL, **NCSNPP)
+    denoised = 0.25 / power * y + 0.5 * sigma[:, None, None, None] / power.sqrt() * output
+    save_file({f"model.{key}": value for key, value in store.items()}, tmp_path / "net.safetensors")
+    main(["edm", str(tmp_path / "net.safetensors"), str(tmp_path / "flow")])
+    record = read_json(tmp_path / "flow" / "flowkit.json")
+    assert (record["shape"], record["num_classes"]) == ([3, 8, 8], 5)
+    velocity = from_diffusers(tmp_path / "flow").eval().double()
+    with torch.no_grad():
+        v = velocity(x, t, class_labels=labels)
+    torch.testing.assert_close(v, (denoised - x) / (1 - wide), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], {"kind": "edm", "sigma_min": 0.002, "sigma_max": 80.0}),
+        (["--kind", "vp"], {"kind": "vp", "sigma_min": 0.001, "sigma_max": 152.0}),
+        (["--kind", "ve", "--sigma-max", "50"], {"kind": "ve", "sigma_max": 50.0}),
+    ],
+)
+def test_command_takes_the_preconditioning(edm_state, tmp_path, options, expected):
+    save_file(edm_state, tmp_path / "net.safetensors")
+    main(["edm", str(tmp_path / "net.safetensors"), str(tmp_path / "flow"), *options])
+    description = from_diffusers(tmp_path / "flow").description()
+    assert description["adapter"] == "preconditioned" and expected.items() <= description.items()

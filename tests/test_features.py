@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import ImageFilter
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import gaussian_blur
 
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
@@ -85,16 +84,13 @@ def test_pictures_that_do_not_fit() -> None:
 
 def test_resnet20_on_real_pictures(data_root: Path) -> None:
     features = load_extractor("cifar-resnet20", data_root / "weights" / "resnet20-12fca82f.th")
-    rows = load_data("cifar10-jpeg", "test", root=data_root).fetch(range(1000))
-    assert features(rows["data"]).shape == (1000, 112)
-    sharp = features(rows["data"])
-    blur = ImageFilter.GaussianBlur(0.7)
-    blurred = torch.stack(
-        [pil_to_tensor(to_pil_image((x + 1) / 2).filter(blur)) for x in rows["data"]]
-    )
-    blurred = blurred / 127.5 - 1
-    assert frechet_distance(features(blurred), sharp) == pytest.approx(5.09, abs=0.02)
-    flipped = frechet_distance(features(rows["data"].flip(-1)), sharp)
-    assert flipped < 0.5
-    guessed = features.net.linear(sharp[:, -64:]).argmax(1)
-    assert (guessed == rows["class_labels"]).float().mean() == pytest.approx(0.804, abs=0.01)
+    rows = load_data("cifar10-jpeg", "test", root=data_root).fetch(range(2000))
+    found = features(rows["data"])
+    assert found.shape == (2000, 112)
+    assert frechet_distance(found[:1000], found[1000:]) == pytest.approx(0.2024, abs=1e-4)
+    guessed = features.net.linear(found[:1000, -64:]).argmax(1)
+    assert (guessed == rows["class_labels"][:1000]).float().mean() == pytest.approx(0.804, abs=1e-3)
+    blurred = gaussian_blur(rows["data"][:500], kernel_size=[5, 5], sigma=[0.7, 0.7])
+    flipped = rows["data"][:500].flip(-1)
+    blur, flip = (frechet_distance(features(x), found[:500]) for x in (blurred, flipped))
+    assert blur > 20 * flip

