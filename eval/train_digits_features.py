@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn import functional as F
 
 from flowkit.data import load_data
@@ -64,8 +64,10 @@ def main() -> None:
         print(f"FD({name}, test) {frechet_distance(features(pictures), real):.2f}")
     DIGITS_WEIGHTS.parent.mkdir(exist_ok=True)
     with atomic_file(DIGITS_WEIGHTS) as path:
-        # One key: safetensors writes several in random order, and the file's hash is its name.
-        save_file(net.state_dict(), path, {"training": f"seed {seed}, {STEPS} steps of {BATCH}"})
+        # One key, since several are written in random order and the hash names the features.
+        # Not save_file: it makes a file that only its owner may read.
+        note = {"training": f"seed {seed}, {STEPS} steps of {BATCH}"}
+        path.write_bytes(save(net.state_dict(), note))
 
 
 if __name__ == "__main__":

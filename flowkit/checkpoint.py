@@ -1,17 +1,19 @@
 """Checkpoints of a training run, and exported models: folders that are whole or not there.
 
-    checkpoint-500/   accelerate's state (weights, optimizer, RNG), ema.safetensors, state.json
-    model/            a diffusers folder (config.json, safetensors), flowkit.json, README.md
+checkpoint-500/   accelerate's state (weights, optimizer, RNG), ema.safetensors, state.json
+model/            a diffusers folder (config.json, safetensors), flowkit.json, README.md
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flowkit.errors import FlowkitError
@@ -39,16 +41,30 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(staging))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shadow = {f"{i:05d}": p.contiguous() for i, p in enumerate(ema.shadow_params)}
-        save_file(shadow, staging / "ema.safetensors")
-        record = {"version": VERSION, "step": step, "ema_steps": ema.optimization_step, **state}
-        write_json(staging / "state.json", record)
-        publish_folder(staging, target)
+    with _disk_errors(target):
+        accelerator.save_state(str(staging))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shadow = {f"{i:05d}": p.contiguous() for i, p in enumerate(ema.shadow_params)}
+            save_file(shadow, staging / "ema.safetensors")
+            record = {"version": VERSION, "step": step, "ema_steps": ema.optimization_step}
+            write_json(staging / "state.json", {**record, **state})
+            publish_folder(staging, target)
     accelerator.wait_for_everyone()
     return target
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Writers that report a full disk in their own ways do so as an OSError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"could not write {target} ({reason}); earlier checkpoints are intact: "
+            "make room and run the same command again"
+        ) from error
 
 
 def load(path: Path, accelerator: Accelerator, ema: EMAModel) -> dict[str, Any]:
@@ -122,7 +138,7 @@ def export_model(
         "num_classes": num_classes,
         **(extra or {}),
     }
-    with atomic_folder(folder) as temporary:
+    with _disk_errors(Path(folder)), atomic_folder(folder) as temporary:
         net.save_pretrained(temporary)
         write_json(temporary / "flowkit.json", record)
         (temporary / "README.md").write_text(card, encoding="utf-8")

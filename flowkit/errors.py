@@ -6,4 +6,4 @@ __all__ = ["FlowkitError"]
 
 
 class FlowkitError(ValueError):
-    """A mistake at the boundary: the message names what was given, what was expected, what to do."""
+    """A mistake at the boundary: the message says what was given, what was expected, what to do."""

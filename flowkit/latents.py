@@ -25,7 +25,14 @@ from flowkit.errors import FlowkitError
 from flowkit.files import atomic_folder, read_json, write_json
 from flowkit.noise import keyed_noise
 
-__all__ = ["LatentData", "Latents", "decode_latents", "encode_latents", "vae_identity"]
+__all__ = [
+    "LatentData",
+    "Latents",
+    "decode_latents",
+    "encode_latents",
+    "load_vae",
+    "vae_identity",
+]
 
 CONVENTION = 1  # of the stored files; raised when their meaning changes
 _RECORD = "latents.json"
@@ -170,6 +177,19 @@ def encode_latents(
         statistics = _encode(data, vae, folder, batch_size, seed, progress)
         write_json(folder / _RECORD, {**wanted, "num_classes": data.num_classes, **statistics})
     return LatentData(path, scale=scale)
+
+
+def load_vae(source: str) -> nn.Module:
+    """A diffusers VAE, frozen: a folder or hub id of one, or of a pipeline that has one."""
+    from diffusers import AutoModel
+
+    subfolder = "vae" if (Path(source) / "vae").is_dir() else None
+    try:
+        vae = AutoModel.from_pretrained(source, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FlowkitError(f"no diffusers VAE at {source!r} ({reason}); name its folder") from None
+    return vae.eval().requires_grad_(False)
 
 
 def decode_latents(normalised: Tensor, vae: nn.Module, latents: Latents) -> Tensor:

@@ -66,7 +66,9 @@ class VelocityModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the network's parameters."""
-        return next((p.dtype for p in self.net.parameters() if p.is_floating_point()), torch.float32)
+        return next(
+            (p.dtype for p in self.net.parameters() if p.is_floating_point()), torch.float32
+        )
 
     def forward(self, x_t: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         raise NotImplementedError("use an adapter of flowkit.adapters")
@@ -77,7 +79,7 @@ class VelocityModel(nn.Module):
 
 
 def expand_to(t: float | Tensor, x: Tensor) -> Tensor:
-    """t as a tensor that broadcasts against x: () or (B,) becomes (B or 1, 1, ..., 1), in x's dtype."""
+    """t in x's dtype, broadcasting against x: () or (B,) becomes (1 or B, 1, ..., 1)."""
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     return t.reshape(-1, *([1] * (x.ndim - 1)))
 
@@ -110,7 +112,7 @@ def to_score(x_t: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
     return (t * v - x_t) / (1 - t)
 
 
-# rfpp's bound (Lee et al., 2024, arXiv:2405.20320): nearer to an end the quotient is rounding noise.
+# rfpp's bound (Lee et al., 2024, arXiv:2405.20320): nearer to an end the quotient is noise.
 _MARGIN = 1e-5
 
 

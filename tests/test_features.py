@@ -12,7 +12,7 @@ from torchvision.transforms.functional import gaussian_blur
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
 from flowkit.eval import frechet_distance, load_extractor
-from flowkit.eval.features import DigitsNet
+from flowkit.eval.features import DIGITS_WEIGHTS, ResNet20
 
 
 def _digits(split: str) -> Tensor:
@@ -53,12 +53,36 @@ def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert features.id == "my_features:flat"
 
 
+def test_pictures_may_be_of_any_float_dtype_but_not_levels() -> None:
+    features, pictures = load_extractor("digits"), _digits("test")[:9]
+    for dtype in (torch.float64, torch.bfloat16):
+        found = features(pictures.to(dtype))  # x / 8 - 1 has few digits: exact in bfloat16
+        assert torch.equal(found, features(pictures)) and found.dtype == torch.float32
+    with pytest.raises(FlowkitError, match="floats in .* got torch.uint8"):
+        features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_a_whole_network_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    features, pictures = load_extractor("my_net:Net"), _digits("test")[:3]
+    assert torch.equal(features(pictures), features(pictures))  # no dropout
+    assert not features(pictures).requires_grad
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
         ("digit", "did you mean 'digits'"),
         ("no_such_module:thing", "no_such_module"),
         ("math:nothing", "nothing"),
+        ("math:pi", "are a float"),
+        (":thing", "expected module:attribute"),
     ],
 )
 def test_unknown_features(name: str, message: str) -> None:
@@ -72,9 +96,26 @@ def test_missing_and_wrong_weights_are_named(
     monkeypatch.setenv("FLOWKIT_DATA", str(tmp_path))
     with pytest.raises(FlowkitError, match=r"resnet20-12fca82f\.th"):
         load_extractor("cifar-resnet20")
-    torch.save(DigitsNet().state_dict(), tmp_path / "other.pt")
-    with pytest.raises(FlowkitError, match="does not hold a ResNet20"):
-        load_extractor("cifar-resnet20", weights=tmp_path / "other.pt")
+    (tmp_path / "weights").mkdir()
+    torch.save(ResNet20().state_dict(), tmp_path / "weights" / "resnet20-12fca82f.th")
+    with pytest.raises(FlowkitError, match=r"has sha256 .*expected 12fca82f"):
+        load_extractor("cifar-resnet20")
+    with pytest.raises(FlowkitError, match="read no weights"):
+        load_extractor("pixels", weights=tmp_path / "any")
+
+
+@pytest.mark.parametrize("name, net", [("digits", "DigitsNet"), ("cifar-resnet20", "ResNet20")])
+def test_files_that_hold_something_else(tmp_path: Path, name: str, net: str) -> None:
+    torch.save({"other": torch.zeros(3)}, tmp_path / "other")
+    torch.save(torch.zeros(3), tmp_path / "tensor")
+    (tmp_path / "empty").touch()
+    (tmp_path / "junk").write_bytes(b"junk" * 100)
+    whole = DIGITS_WEIGHTS.read_bytes()
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
+    for file in ("other", "tensor", "empty", "junk", "cut"):
+        with pytest.raises(FlowkitError, match=f"{file} does not hold a {net}") as caught:
+            load_extractor(name, weights=tmp_path / file)
+        assert "\n" not in str(caught.value)
 
 
 def test_pictures_that_do_not_fit() -> None:

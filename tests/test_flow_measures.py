@@ -14,21 +14,33 @@ from flowkit.eval import straightness
 MU, S = 0.7, 0.4
 
 
-def _gaussian(x: Tensor, t: float) -> Tensor:
+def _gaussian(x_t: Tensor, t: float | Tensor) -> Tensor:
     """The velocity of data N(MU, S^2) and independent noise."""
     g = t * t * S * S + (1 - t) ** 2
-    return MU + (t * S * S - (1 - t)) * (x - t * MU) / g
+    return MU + (t * S * S - (1 - t)) * (x_t - t * MU) / g
 
 
 def test_straight_paths_have_none() -> None:
-    target = torch.randn(8, 3)
-    noise = torch.randn(8, 3)
+    target, noise = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     found = straightness(lambda x, t: target - noise, noise, num_steps=7)
-    assert abs(found.total) < 1e-5
+    assert abs(found.total) < 1e-12  # although the state is in float32
+
+
+def test_a_small_bend_survives_float32() -> None:
+    """v = c + e cos(2 pi t) has S = e^2 / 2 on any uniform grid of 3 steps or more."""
+    bend = 1e-3
+
+    def velocity(x_t: Tensor, t: float | Tensor) -> Tensor:
+        slope = 30 + bend * torch.cos(2 * math.pi * torch.as_tensor(t, dtype=torch.float64))
+        return slope.expand_as(x_t)
+
+    found = straightness(velocity, torch.zeros(4, 2), num_steps=10)
+    assert found.per_dim == pytest.approx(bend**2 / 2, rel=1e-6)
 
 
 def test_the_definition_on_a_curved_field() -> None:
-    noise = torch.randn(50, 2, 4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(50, 2, 4, dtype=torch.float64, generator=generator)
     times = [0.0, 0.1, 0.35, 0.6, 1.0]
     x, slopes = noise, []
     for t, s in zip(times, times[1:], strict=False):
@@ -70,6 +82,16 @@ def test_the_transport_identity() -> None:
     coupled = S**2 + 1 + MU**2
     transported = (S - 1) ** 2 + MU**2
     assert coupled - transported == pytest.approx(found + float(conditional), rel=2e-3)
+
+
+def test_a_flow_that_stands_still() -> None:
+    found = straightness(lambda x, t: 0 * x, torch.ones(4, 2))
+    assert found.total == 0 and math.isnan(found.relative)
+
+
+def test_a_velocity_that_is_not_finite() -> None:
+    with pytest.raises(FlowkitError, match="not finite"):
+        straightness(lambda x, t: x / t if t else x / 0, torch.ones(4, 2))
 
 
 def test_times_must_increase() -> None:

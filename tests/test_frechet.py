@@ -83,6 +83,36 @@ def test_streamed_and_merged_moments_equal_numpys(offset: float) -> None:
         torch.testing.assert_close(moments.cov, covariance, rtol=tolerance, atol=tolerance)
 
 
+def test_order_does_not_matter() -> None:
+    a, b = _correlated(500, 12, 5), _correlated(400, 12, 6, offset=1.0)
+    shuffled = a[torch.randperm(500, generator=torch.Generator().manual_seed(0))]
+    expected = frechet_distance(a, b)
+    assert frechet_distance(_moments(shuffled, 17), _moments(b)) == pytest.approx(expected, 1e-10)
+
+
+def test_an_offset_does_not_cost_the_distance_its_digits() -> None:
+    """A shift of both sets changes nothing; sums about zero would lose twelve digits here."""
+    a, b = _correlated(500, 12, 5), _correlated(400, 12, 6)
+    moved = frechet_distance(_moments(a + 1e6), _moments(b + 1e6))
+    assert moved == pytest.approx(frechet_distance(a, b), rel=1e-7)
+
+
+def test_arrays_and_other_dtypes() -> None:
+    a, b = _correlated(50, 4, 0), _correlated(60, 4, 1)
+    expected = frechet_distance(a, b)
+    assert frechet_distance(a.numpy(), b.numpy()) == expected
+    assert frechet_distance(a.numpy(), _moments(b)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(a.float(), b.float()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_one_set_is_smaller_than_the_dimension() -> None:
+    a, b = _correlated(40, 100, 0), _correlated(300, 100, 1)
+    x, y = (a - a.mean(0)) / 39**0.5, (b - b.mean(0)) / 299**0.5
+    nuclear = float(torch.linalg.svdvals(x @ y.T).sum())
+    for parts in (frechet_parts(a, b), frechet_parts(b, a)):
+        assert parts.cross == pytest.approx(nuclear, rel=1e-6) and parts.rank_deficient
+
+
 def test_merging_leaves_the_other_alone() -> None:
     a, b = _moments(_correlated(50, 3, 0)), _moments(_correlated(60, 3, 1))
     before = b.cov.clone()
@@ -101,6 +131,10 @@ def test_merging_leaves_the_other_alone() -> None:
         (torch.randn(1, 3), torch.randn(9, 3), "samples"),
         (torch.randn(9), torch.randn(9), r"\(N, d\)"),
         (torch.full((9, 3), float("nan")), torch.randn(9, 3), "not finite"),
+        (torch.randn(3, 9), torch.full((3, 9), float("inf")), "not finite"),
+        (torch.randn(3, 9), torch.randn(3, 8), "9 and 8 dimensions"),
+        (torch.zeros(0, 9), torch.zeros(0, 9), "two or more"),
+        (torch.tensor(1.0), torch.randn(9, 3), r"\(N, d\)"),
     ],
 )
 def test_what_it_refuses(a: Tensor, b: Tensor, message: str) -> None:

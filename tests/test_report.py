@@ -47,8 +47,21 @@ def test_the_grid_shows_every_picture(tmp_path: Path, channels: int) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
-def _shrink(x: Tensor, t: float) -> Tensor:
-    return -0.5 * x
+def test_labels_are_not_cut(tmp_path: Path) -> None:
+    """One small picture is narrower than what is written above it."""
+    label = "a rather long label, 16 steps"
+    write_grid(tmp_path / "grid.png", {label: torch.zeros(1, 1, 8, 8)})
+    write_grid(tmp_path / "wide.png", {label: torch.zeros(64, 1, 8, 8)})
+    ink = []
+    for name in ("grid.png", "wide.png"):
+        with Image.open(tmp_path / name) as picture:
+            head = picture.convert("L").crop((0, 0, picture.width, 16))
+            ink.append(sum(head.histogram()[:128]))
+    assert ink[0] == ink[1] > 0
+
+
+def _shrink(x_t: Tensor, t: float | Tensor) -> Tensor:
+    return -0.5 * x_t
 
 
 def test_distances_do_not_depend_on_the_chunks() -> None:
@@ -69,6 +82,21 @@ def test_distances_do_not_depend_on_the_chunks() -> None:
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[0][0] != pytest.approx(found[0][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_pictures_that_are_not_finite_are_refused(value: float) -> None:
+    features = load_extractor("pixels")
+    with pytest.raises(FlowkitError, match=r"not finite in 4 steps \(samples 0 to 9\)"):
+        few_step_distances(
+            lambda indices: lambda x, t: x * (value if t > 0.5 else 0.0),
+            (1, 8, 8),
+            nfe=[1, 4],
+            num_samples=10,
+            seed=1,
+            extractor=features,
+            reference=picture_moments(load_data("digits", "test"), features),
+        )
 
 
 def test_nothing_to_measure_is_refused() -> None:

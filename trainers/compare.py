@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,11 +37,7 @@ class Comparison:
         )
         data = run.options.data
         self.reference = load_data(data.name, self.options.split, root=data.root, size=data.size)
-        if tuple(self.reference.shape) != run.shape:
-            raise FlowkitError(
-                f"the reference pictures have shape {tuple(self.reference.shape)}, "
-                f"the training pictures {run.shape}; set data.size"
-            )
+        self.extractor(self.reference.fetch([0])["data"])  # refuses pictures it cannot take
         if run.options.push_to_hub and run.accelerator.is_main_process:
             _check_login()
 
@@ -75,7 +72,7 @@ class Comparison:
             work = len(options.nfe) * options.num_samples
             with tqdm(total=work, desc=f"measure {name}", unit="pictures") as bar:
                 distances = few_step_distances(
-                    lambda indices, model=model: self._labelled(model, indices),
+                    partial(self._labelled, model),
                     run.shape,
                     nfe=options.nfe,
                     num_samples=options.num_samples,
@@ -83,6 +80,7 @@ class Comparison:
                     extractor=self.extractor,
                     reference=reference,
                     start=model.t_min,
+                    decode=run.decode,
                     chunk_size=CHUNK,
                     device=run.accelerator.device,
                     progress=bar.update,

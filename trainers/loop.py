@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from flowkit.velocity import VelocityModel
 __all__ = ["Loop", "Loss", "Method", "Preempted", "make_accelerator"]
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 logger = get_logger(__name__)
 
 
@@ -114,20 +115,7 @@ class Loop:
             accelerator.num_processes,
         )
         self.student: VelocityModel = method.model.to(accelerator.device).train()
-        if options.dropout is not None:
-            set_dropout(self.student, options.dropout)
-        if run.gradient_checkpointing:
-            enable = getattr(self.student.net, "enable_gradient_checkpointing", None)
-            if enable is None or not getattr(
-                self.student.net, "_supports_gradient_checkpointing", False
-            ):
-                raise FlowkitError(
-                    f"{type(self.student.net).__name__} cannot checkpoint gradients; "
-                    "set gradient_checkpointing=false"
-                )
-            enable()
-        if run.compile:
-            self.student.net.compile()
+        self._configure_network()
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = OPTIMIZERS[options.optimizer](
             self.parameters,
@@ -136,17 +124,31 @@ class Loop:
             eps=options.eps,
             weight_decay=options.weight_decay,
         )
-        method.model, self.optimizer = accelerator.prepare(self.student, optimizer)
         self.schedule = get_scheduler(
-            options.lr_schedule if options.lr_schedule != "constant" else "constant_with_warmup",
+            SCHEDULES[options.lr_schedule],
             optimizer,
             num_warmup_steps=options.warmup_steps,
             num_training_steps=options.steps,
         )
+        method.model, self.optimizer = accelerator.prepare(self.student, optimizer)
         self.ema = EMAModel(self.parameters, decay=options.ema_decay, foreach=True)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.saved_step: int | None = None
         self.seconds_before, self.started = 0.0, time.perf_counter()
+
+    def _configure_network(self) -> None:
+        net, options = self.student.net, self.run_options
+        if self.options.dropout is not None:
+            set_dropout(net, self.options.dropout)
+        if options.gradient_checkpointing:
+            if not getattr(net, "_supports_gradient_checkpointing", False):
+                raise FlowkitError(
+                    f"{type(net).__name__} cannot recompute activations; "
+                    "set gradient_checkpointing=false"
+                )
+            cast(Any, net).enable_gradient_checkpointing()
+        if options.compile:
+            net.compile()
 
     @property
     def seconds(self) -> float:

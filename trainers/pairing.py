@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def generate_pairs(
     def compute(indices: range, noise: Tensor | None) -> dict[str, Tensor]:
         labels = None if num_classes is None else keyed_labels(seed, indices, num_classes)
         velocity = conditioned(model, labels, options.guidance_scale, device)
-        start = (1 - times[0]) * noise.to(device)
+        start = (1 - times[0]) * cast(Tensor, noise).to(device)
         data = sample(velocity, start, times, solver=options.solver).x.cpu()
         return {"data": data} if labels is None else {"data": data, "class_labels": labels}
 

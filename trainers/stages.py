@@ -24,6 +24,7 @@ from flowkit.data import load_data
 from flowkit.errors import FlowkitError
 from flowkit.eval.report import write_grid
 from flowkit.files import read_json, write_json
+from flowkit.latents import decode_latents, encode_latents, load_vae
 from flowkit.losses import premetric
 from flowkit.noise import derive_seed, keyed_noise
 from flowkit.samplers import grids, sample
@@ -91,16 +92,16 @@ class Run:
         self.options = options
         self.folder = Path(options.output_dir)
         self._check_folder()
-        self.data = load_data(
-            options.data.name, "train", root=options.data.root, size=options.data.size
-        )
-        if not options.data.conditional:
-            self.data = dataclasses.replace(self.data, labels=None, num_classes=None)
-        elif self.data.num_classes is None:
+        data = options.data
+        self.data: Any = load_data(data.name, "train", root=data.root, size=data.size)
+        self.num_classes = self.data.num_classes if data.conditional else None
+        if data.conditional and self.num_classes is None:
+            raise FlowkitError(f"data.conditional=true needs labels, but {data.name} has none")
+        self.vae = None if data.vae is None else load_vae(data.vae)
+        if self.vae is not None and data.flip:
             raise FlowkitError(
-                f"data.conditional=true needs labels, but {options.data.name} has none"
+                "a mirrored latent is not that of a mirrored picture; data.flip=false"
             )
-        self.shape, self.num_classes = tuple(self.data.shape), self.data.num_classes
         for training in trainings:
             density(**training.times)
             premetric(**training.loss)
@@ -109,6 +110,16 @@ class Run:
         if self.accelerator.is_main_process:
             config.save(options, self.folder / "config.yaml")
         self.accelerator.wait_for_everyone()
+        if self.vae is not None:
+            with self.accelerator.main_process_first():
+                self.data = encode_latents(
+                    self.data,
+                    self.vae,
+                    self.folder / "latents",
+                    device=self.accelerator.device,
+                    progress=self.accelerator.is_main_process,
+                )
+        self.shape = tuple(self.data.shape)
         self.accelerator.init_trackers("flowkit", config={"options": str(config.to_dict(options))})
 
     def _check_folder(self) -> None:
@@ -136,7 +147,8 @@ class Run:
 
     def independent(self) -> Coupling:
         """Fresh noise with the training pictures."""
-        return Independent(self.data, flip=self.options.data.flip)
+        labels = self.num_classes is not None
+        return Independent(self.data, flip=self.options.data.flip, labels=labels)
 
     def train(
         self, name: str, model: VelocityModel, coupling: Coupling, training: TrainOptions
@@ -174,9 +186,20 @@ class Run:
 
     def export(self, name: str, model: VelocityModel) -> None:
         """Write folder/name, which from_pretrained and from_diffusers read."""
+        latents = None if self.vae is None else dataclasses.asdict(self.data.latents)
         checkpoint.export_model(
-            model, self.folder / name, shape=self.shape, num_classes=self.num_classes
+            model,
+            self.folder / name,
+            shape=self.shape,
+            num_classes=self.num_classes,
+            extra={"latents": latents, "vae": self.options.data.vae},
         )
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures in [-1, 1] of what a flow makes: itself, or decoded by the VAE."""
+        if self.vae is None:
+            return x
+        return decode_latents(x, self.vae, self.data.latents)
 
     def load(self, path: str | Path) -> VelocityModel:
         """A model for this run's pictures, frozen, on this process's device."""
@@ -239,7 +262,8 @@ class Run:
         times = grids.from_start(model.t_min, num_steps)
         start = (1 - times[0]) * self.preview_noise.to(device)
         with torch.no_grad():
-            return sample(conditioned(model, labels, 1.0, device), start, times).x.cpu()
+            x = sample(conditioned(model, labels, 1.0, device), start, times).x
+            return self.decode(x).cpu()
 
     def _preview(self, name: str) -> Any:
         def preview(model: VelocityModel, step: int) -> Path:
