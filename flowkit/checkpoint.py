@@ -41,7 +41,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    with _disk_errors(target):
+    with _disk_errors(target, staging):
         accelerator.save_state(str(staging))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -55,11 +55,13 @@ def save(
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def _disk_errors(target: Path, staging: Path | None = None) -> Iterator[None]:
     """Writers that report a full disk in their own ways do so as an OSError that names the file."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
         reason = str(error).splitlines()[0]
         raise OSError(
             f"could not write {target} ({reason}); earlier checkpoints are intact: "

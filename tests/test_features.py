@@ -12,7 +12,7 @@ from torchvision.transforms.functional import gaussian_blur
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
 from flowkit.eval import frechet_distance, load_extractor
-from flowkit.eval.features import DIGITS_WEIGHTS, ResNet20
+from flowkit.eval.features import DIGITS_WEIGHTS, DigitsNet, ResNet20
 
 
 def _digits(split: str) -> Tensor:
@@ -24,6 +24,7 @@ def test_the_digits_network_classifies_and_orders_sets() -> None:
     features = load_extractor("digits")
     data = load_data("digits", "test")
     rows = data.fetch(range(len(data)))
+    assert isinstance(features.net, DigitsNet)
     guessed = features.net.classifier(features(rows["data"])).argmax(1)
     assert (guessed == rows["class_labels"]).float().mean() > 0.99
     real = features(rows["data"])
@@ -129,6 +130,7 @@ def test_resnet20_on_real_pictures(data_root: Path) -> None:
     found = features(rows["data"])
     assert found.shape == (2000, 112)
     assert frechet_distance(found[:1000], found[1000:]) == pytest.approx(0.2024, abs=1e-4)
+    assert isinstance(features.net, ResNet20)
     guessed = features.net.linear(found[:1000, -64:]).argmax(1)
     assert (guessed == rows["class_labels"][:1000]).float().mean() == pytest.approx(0.804, abs=1e-3)
     blurred = gaussian_blur(rows["data"][:500], kernel_size=[5, 5], sigma=[0.7, 0.7])

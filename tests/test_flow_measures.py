@@ -32,10 +32,11 @@ def test_a_small_bend_survives_float32() -> None:
 
     def velocity(x_t: Tensor, t: float | Tensor) -> Tensor:
         slope = 30 + bend * torch.cos(2 * math.pi * torch.as_tensor(t, dtype=torch.float64))
-        return slope.expand_as(x_t)
+        return slope.to(x_t.dtype).expand_as(x_t)
 
-    found = straightness(velocity, torch.zeros(4, 2), num_steps=10)
-    assert found.per_dim == pytest.approx(bend**2 / 2, rel=1e-6)
+    noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    found = straightness(velocity, noise, num_steps=100)
+    assert found.per_dim == pytest.approx(bend**2 / 2, rel=1e-2)  # v itself has 4 digits of it
 
 
 def test_the_definition_on_a_curved_field() -> None:

@@ -192,9 +192,11 @@ def _kill_when(happened: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def test_killed_and_resumed_it_ends_in_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     moments: list[tuple[str, str]] = [
-        ("stages/teacher", "checkpoint-120"),
+        ("stages/teacher", ".tmp-checkpoint-120"),
+        ("stages/teacher", "checkpoint-440"),
         ("pairs-1", "shard-000001.safetensors"),
         ("stages/student", "checkpoint-40"),
+        ("stages/student", ".tmp-checkpoint-280"),
     ]
     for folder, name in moments:
         _kill_when((tmp_path / folder / name).exists, _start(tmp_path))
