@@ -13,6 +13,10 @@ from typing import Any
 
 __all__ = ["atomic_file", "atomic_folder", "publish_folder", "read_json", "write_json"]
 
+# safetensors makes its files readable by their owner alone, whatever the umask says.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -22,6 +26,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{target.name}")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_UMASK)
         _sync(temporary)
         os.replace(temporary, target)
     finally:
@@ -49,6 +54,8 @@ def publish_folder(temporary: Path, target: Path) -> None:
     """
     old = target.with_name(f".old-{target.name}")
     for file in [*temporary.rglob("*"), temporary]:
+        if file.is_file():
+            file.chmod(0o666 & ~_UMASK)
         _sync(file)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -39,14 +39,14 @@ __all__ = [
 class Velocity(Protocol):
     """v(x_t, t): x_t (B, *), t a float, () or (B,) in [0, 1]; returns (B, *) in x_t's dtype."""
 
-    def __call__(self, x_t: Tensor, t: float | Tensor) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: float | Tensor, /) -> Tensor: ...
 
 
 @runtime_checkable
 class FlowMap(Protocol):
     """Mean velocity from time t to time s: x_s = x_t + (s - t) u(x_t, t, s)."""
 
-    def __call__(self, x_t: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: float | Tensor, s: float | Tensor, /) -> Tensor: ...
 
 
 class VelocityModel(nn.Module):

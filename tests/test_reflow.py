@@ -23,10 +23,11 @@ from flowkit.errors import FlowkitError
 from flowkit.nets.mlp import MLP
 from flowkit.noise import keyed_noise
 from flowkit.pairs import PairStore
-from flowkit.samplers import sample
+from flowkit.samplers import invert, sample
 from flowkit.samplers.grids import uniform
 from flowkit.trainers.settings import ReflowConfig
 from flowkit.trainers.straighten import straighten
+from flowkit.velocity import VelocityModel
 
 SCRIPT = Path(__file__).resolve().parent.parent / "trainers" / "reflow.py"
 SMALL = [
@@ -166,7 +167,8 @@ def test_bad_input_is_one_line(tmp_path: Path, overrides: list[str], message: st
 
 def test_a_teacher_for_other_pictures_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(FlowkitError, match=r"trained for pictures \(1, 8, 8\)"):
-        straighten(_config(tmp_path, f"teacher={finished / 'teacher'}", "data.size=16"))
+        other = ["data.size=16", "evaluate.features=pixels"]
+        straighten(_config(tmp_path, f"teacher={finished / 'teacher'}", *other))
 
 
 def _start(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen:
@@ -231,6 +233,25 @@ def test_digits_reach_their_numbers(tmp_path: Path, seed: int) -> None:
     assert student["fd"][4] <= 1.40 * teacher["fd"][4]
     assert teacher["straightness"] >= 10 * student["straightness"]
     assert summary["distilled"]["fd"][0] <= 0.95 * student["fd"][0]
+    _rf_solver_beats_euler(from_diffusers(tmp_path / "teacher"))
+
+
+@torch.no_grad()
+def _rf_solver_beats_euler(flow: VelocityModel) -> None:
+    """At 16 evaluations, sampling and inverting: relative errors over 500 samples."""
+    noise = keyed_noise(99, range(500), (1, 8, 8))
+    exact = sample(flow, noise, uniform(200), solver="heun").x
+    errors, trips = {}, {}
+    for solver, steps in (("euler", 16), ("rf_solver", 8)):
+        made = sample(flow, noise, uniform(steps), solver=solver)
+        assert made.nfe == 16
+        errors[solver] = float((made.x - exact).norm() / exact.norm())
+        back = invert(flow, exact, uniform(steps), solver=solver).x
+        again = sample(flow, back, uniform(steps), solver=solver).x
+        trips[solver] = float((again - exact).norm() / exact.norm())
+    print(f"errors {errors}, round trips {trips}")
+    assert errors["rf_solver"] <= 0.5 * errors["euler"]
+    assert trips["rf_solver"] <= 0.25 * trips["euler"]
 
 
 def test_weights_are_safetensors_only(finished: Path) -> None:

@@ -95,13 +95,14 @@ class Comparison:
         return conditioned(model, labels, 1.0, run.accelerator.device)
 
     def _straightness(self, model: VelocityModel, seed: int) -> float:
-        indices = range(self.options.straightness_samples)
-        noise = keyed_noise(seed, indices, self.run.shape).to(self.run.accelerator.device)
-        velocity, times = (
-            self._labelled(model, indices),
-            from_start(model.t_min, STRAIGHTNESS_STEPS),
-        )
-        return straightness(velocity, (1 - times[0]) * noise, times=times).per_dim
+        times = from_start(model.t_min, STRAIGHTNESS_STEPS)
+        count, total = self.options.straightness_samples, 0.0
+        for first in range(0, count, CHUNK):
+            indices = range(first, min(first + CHUNK, count))
+            noise = keyed_noise(seed, indices, self.run.shape).to(self.run.accelerator.device)
+            start, velocity = (1 - times[0]) * noise, self._labelled(model, indices)
+            total += straightness(velocity, start, times=times).per_dim * len(indices)
+        return total / count
 
     def _write(
         self, summary: dict[str, Any], models: dict[str, VelocityModel], method: str
