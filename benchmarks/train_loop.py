@@ -20,7 +20,8 @@ from torch import Tensor
 from flowkit.coupling import Independent
 from flowkit.losses import premetric
 from flowkit.samplers.timesteps import UShaped, density
-from flowkit.trainers.loop import Loop, make_accelerator
+from flowkit.trainers.launch import make_accelerator
+from flowkit.trainers.loop import Loop
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.pairing import generate_pairs
 from flowkit.trainers.settings import NetOptions, PairOptions, RunOptions, TrainOptions

@@ -23,7 +23,8 @@ from flowkit.errors import FlowkitError
 from flowkit.losses import premetric
 from flowkit.nets.mlp import MLP
 from flowkit.samplers.timesteps import density
-from flowkit.trainers.loop import Loop, Loss, Preempted, make_accelerator
+from flowkit.trainers.launch import make_accelerator
+from flowkit.trainers.loop import Loop, Loss, Preempted
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.settings import RunOptions, TrainOptions
 

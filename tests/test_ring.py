@@ -19,7 +19,8 @@ from flowkit.noise import keyed_noise
 from flowkit.samplers import sample
 from flowkit.samplers.grids import uniform
 from flowkit.samplers.timesteps import density
-from flowkit.trainers.loop import Loop, make_accelerator
+from flowkit.trainers.launch import make_accelerator
+from flowkit.trainers.loop import Loop
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.settings import RunOptions, TrainOptions
 

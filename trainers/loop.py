@@ -7,7 +7,6 @@ has the same micro-batches.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -29,11 +28,12 @@ from flowkit import checkpoint
 from flowkit.coupling import Batch, Coupling
 from flowkit.errors import FlowkitError
 from flowkit.noise import derive_seed
+from flowkit.trainers.launch import log_picture
 from flowkit.trainers.order import Order, read
 from flowkit.trainers.settings import RunOptions, TrainOptions
 from flowkit.velocity import VelocityModel
 
-__all__ = ["Loop", "Loss", "Method", "Preempted", "make_accelerator"]
+__all__ = ["Loop", "Loss", "Method", "Preempted", "set_dropout"]
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -61,24 +61,6 @@ class Preempted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
-
-
-def make_accelerator(run: RunOptions) -> Accelerator:
-    """The accelerator of a run; refuses a launch in which every process would train alone."""
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=run.mixed_precision,
-        log_with=None if run.report_to == "none" else run.report_to,
-        project_dir=run.output_dir,
-    )
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != world:
-        raise FlowkitError(
-            f"the launcher started {world} processes but accelerate sees "
-            f"{accelerator.num_processes}, so each would train alone; "
-            "without GPUs, launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
-        )
-    return accelerator
 
 
 class Loop:
@@ -327,16 +309,3 @@ def set_dropout(model: nn.Module, rate: float) -> None:
         raise FlowkitError(f"dropout={rate} was asked for, but the network has no dropout layer")
     for layer in layers:
         layer.p = rate
-
-
-def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> None:
-    """Send a picture file to the trackers that take pictures."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
-
-            tracker.log({name: wandb.Image(str(path))}, step=step)
-        elif tracker.name == "tensorboard":
-            from torchvision.io import decode_image
-
-            tracker.writer.add_image(name, decode_image(str(path)), step)

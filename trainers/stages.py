@@ -29,7 +29,8 @@ from flowkit.losses import premetric
 from flowkit.noise import derive_seed, keyed_noise
 from flowkit.samplers import grids, sample
 from flowkit.samplers.timesteps import density
-from flowkit.trainers.loop import Loop, make_accelerator
+from flowkit.trainers.launch import make_accelerator
+from flowkit.trainers.loop import Loop
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.pairing import conditioned, keyed_labels
 from flowkit.trainers.settings import FlowConfig, NetOptions, ReflowConfig, TrainOptions
