@@ -30,7 +30,7 @@ NETS = {
     "afhq64/reflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
     "cifar10/flow.yaml": ((3, 32, 32), None, 61_804_419, "61.8 M"),
     "cifar10/reflow.yaml": ((3, 32, 32), None, 55_732_739, "55.7 M"),
-    "cifar10/small.yaml": ((3, 16, 16), None, 2_249_283, "2.2 M"),
+    "cifar10/small.yaml": ((3, 16, 16), None, 1_002_883, "1.0 M"),
     "digits/flow.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
     "digits/reflow.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
     "ffhq64/reflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
