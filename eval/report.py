@@ -87,7 +87,7 @@ def _readings(summary: Mapping[str, Any]) -> list[str]:
         return []
     nfe, teacher, student = summary["nfe"], summary["teacher"], summary["student"]
     first, last = student["fd"][0] / teacher["fd"][0], student["fd"][-1] / teacher["fd"][-1]
-    straight = teacher["straightness"] / student["straightness"]
+    straight = teacher["straightness"] / max(student["straightness"], 1e-30)
     verdict = f"{last - 1:.0%} worse" if last > 1 else f"{1 - last:.0%} better"
     lines = [
         f"Reflow takes the distance at {nfe[0]} NFE to {first:.3f} of the teacher's, "

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["export_model", "latest", "load", "model_card", "prune", "push", "save"]
 
 VERSION = 1
+_FALL_BACK = "remove the folder to fall back to the checkpoint before it"
 
 
 def save(
@@ -60,9 +62,11 @@ def _disk_errors(target: Path, staging: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        if "unexpected pos" in reason:  # torch.save's words for a write that was cut short
+            reason = "No space left on device"
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-        reason = str(error).splitlines()[0]
         raise OSError(
             f"could not write {target} ({reason}); earlier checkpoints are intact: "
             "make room and run the same command again"
@@ -71,7 +75,10 @@ def _disk_errors(target: Path, staging: Path | None = None) -> Iterator[None]:
 
 def load(path: Path, accelerator: Accelerator, ema: EMAModel) -> dict[str, Any]:
     """Restore what save() wrote; returns the counters, "step" among them."""
-    state = read_json(path / "state.json")
+    try:
+        state = read_json(path / "state.json")
+    except ValueError as error:
+        raise FlowkitError(f"{path}/state.json is damaged ({error}); {_FALL_BACK}") from None
     if state.get("version") != VERSION:
         raise FlowkitError(
             f"{path} has checkpoint version {state.get('version')}, this flowkit reads {VERSION}; "
@@ -80,11 +87,11 @@ def load(path: Path, accelerator: Accelerator, ema: EMAModel) -> dict[str, Any]:
     try:
         accelerator.load_state(str(path))
         shadow = load_file(path / "ema.safetensors")
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, OSError, EOFError, ValueError, SafetensorError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise FlowkitError(
-            f"{path} does not fit this network ({reason}); use another output_dir, "
-            "or remove the folder to fall back to the checkpoint before it"
+            f"{path} does not fit this network, or is damaged ({reason}); {_FALL_BACK}, "
+            "or use another output_dir"
         ) from None
     for key, parameter in zip(sorted(shadow), ema.shadow_params, strict=True):
         parameter.copy_(shadow[key])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -49,16 +50,22 @@ _USAGE = """Arguments: [--config FILE ...] [key=value ...] [--help]
 Options, as key=value or as lines `key: value` of a YAML file; shown with their defaults:"""
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
     """A field of a schema with its help text; without a default the option must be given.
 
     default: a list, mapping or dataclass is copied for each instance.
+    low, high: the range of a number, or of each number of a list, ends included.
     """
+    metadata = {"help": help, "range": (low, high)}
     if default is dataclasses.MISSING:
-        return dataclasses.field(metadata={"help": help})
-    return dataclasses.field(
-        default_factory=lambda: copy.deepcopy(default), metadata={"help": help}
-    )
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
 
 
 def parse(

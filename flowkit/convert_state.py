@@ -51,7 +51,7 @@ def read_state(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         raise FlowkitError(refusal)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError) as error:
+    except (EOFError, LookupError, RuntimeError) as error:
         raise FlowkitError(
             f"{path} cannot be read as a PyTorch file; is it complete and not something else?"
         ) from error

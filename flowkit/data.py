@@ -140,7 +140,10 @@ def _digits(split: str, size: int | None) -> ImageData:
 def _pack(name: str, split: str, folder: Path, size: int | None) -> ImageData:
     path = folder / look_up(f"{name} split", split, _PACKS[name])
     if not path.is_file():
-        raise FlowkitError(f"data set '{name}' ({split}): no {path}; set FLOWKIT_DATA or root")
+        raise FlowkitError(
+            f"data set '{name}' ({split}): no {path}; set FLOWKIT_DATA or data.root, "
+            "or take torchvision:NAME"
+        )
     try:
         with np.load(path) as pack:
             levels = pack["images"] if "images" in pack else _jpeg_levels(pack)
@@ -177,7 +180,7 @@ def _torchvision(name: str, split: str, root: Path, size: int | None, download: 
         below = f"{make.__name__}/raw" if issubclass(make, datasets.MNIST) else ""
         raise FlowkitError(
             f"{title} ({split}) cannot be read: {one_line(error)}; its files belong in "
-            f"{root / getattr(make, 'base_folder', below)}, where load_data(..., download=True) "
+            f"{root / getattr(make, 'base_folder', below)}, where data.download=true "
             "lets torchvision fetch them"
         ) from error
     keys = ("targets", "labels", "_labels")  # torchvision has no one name for them

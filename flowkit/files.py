@@ -29,6 +29,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_UMASK)
         _sync(temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

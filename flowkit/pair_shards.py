@@ -104,8 +104,9 @@ class Shards:
         if damaged := self.damaged(verify):
             raise FlowkitError(
                 f"{self.folder}: {len(damaged)} of {count} shards are damaged: "
-                f"{'; '.join(list(damaged.values())[:5])}; flowkit.pairs.repair() removes them, "
-                "then run the generation again"
+                f"{'; '.join(list(damaged.values())[:5])}; run "
+                f"python -c \"from flowkit.pairs import repair; repair('{self.folder}')\" and then "
+                "the same command again, which makes them anew"
             )
 
     def open(self, shard: int) -> dict[str, Tensor]:

@@ -206,11 +206,15 @@ class PairStore:
                 f"{folder}: this numpy draws other noise for the same key than the one that made "
                 "the pairs; install that version or generate the pairs again"
             )
-        some = self.fetch(pairs[:: max(1, len(pairs) // _NOISE_SAMPLE)])
-        try:
-            check_noise(some["noise"], some["data"], exact=index.noise == "key")
-        except FlowkitError as error:
-            raise FlowkitError(f"{folder}: {error}") from error
+        exact = index.noise == "key"
+        parts = [pairs] if exact else [index.pairs_of(s) for s in range(index.num_shards)]
+        for part in (part for part in parts if part.start < pairs.stop):
+            some = self.fetch(part[:: max(1, len(part) // _NOISE_SAMPLE)])
+            try:
+                check_noise(some["noise"], some["data"], exact=exact)
+            except FlowkitError as error:
+                name = shard_name(part.start // index.shard_size, "safetensors")
+                raise FlowkitError(f"{folder}/{name}: {error}") from error
 
 
 def _chunk(index: PairIndex, pairs: range, compute: Compute) -> dict[str, Tensor]:

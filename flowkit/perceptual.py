@@ -180,7 +180,7 @@ def _trunk(net: str, file: Path) -> tuple[nn.Module, list[Tensor]]:
 def _load(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FlowkitError(f"cannot read weights from {file}: {reason}") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,7 @@ def check(schema: type, values: dict[str, Any], prefix: str = "", root: type | N
     """
     root = root or schema
     hints = typing.get_type_hints(schema)
+    fields = {field.name: field for field in dataclasses.fields(schema)}
     checked = Part()
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -66,7 +68,17 @@ def check(schema: type, values: dict[str, Any], prefix: str = "", root: type | N
         except _Misfit:
             message = f"option {name!r} expects {describe(hint)}, got {value!r}"
             raise FlowkitError(message) from None
+        _check_range(name, checked[key], *fields[key].metadata.get("range", ()))
     return checked
+
+
+def _check_range(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    if (low, high) == (-math.inf, math.inf):
+        return
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if not numbers or any(n is not None and not low <= n <= high for n in numbers):
+        wanted = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise FlowkitError(f"option {name!r} must be {wanted}, got {value}")
 
 
 def _unknown(name: str, value: Any, root: type) -> FlowkitError:

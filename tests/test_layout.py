@@ -116,7 +116,7 @@ def test_no_script_folder_shadows_a_module():
     """Running a file puts its folder first on the path: a neighbour may not be called `lpips`."""
     taken = set(sys.stdlib_module_names) | {"flowkit"}
     taken |= import_names(PROJECT["project"]["dependencies"] + EXTRAS, set(), recurse=True)
-    for folder in [*FLOORS[1:], "benchmarks", "examples"]:
+    for folder in [*FLOORS[1:], "benchmarks"]:
         for path in (ROOT / folder).iterdir():
             assert path.stem not in taken, f"{relative(path)} hides the module {path.stem}"
 

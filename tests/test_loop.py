@@ -139,6 +139,16 @@ def test_a_checkpoint_of_another_network_is_named(tmp_path: Path) -> None:
         _loop(tmp_path, method=method).run()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    _loop(tmp_path, checkpoint_every=10).run()
+    damaged = tmp_path / "checkpoint-20" / name
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    with pytest.raises(FlowkitError, match="checkpoint-20.*damaged.*remove the folder") as error:
+        _loop(tmp_path, checkpoint_every=10).run()
+    assert "\n" not in str(error.value)
+
+
 def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path: Path) -> None:
     class Fixed(Exploding):
         """The loss of given rows at given times: no draws, so batches can be compared."""

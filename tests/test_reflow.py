@@ -154,7 +154,18 @@ BAD = [
     (["teacher=no/such/folder"], "no/such/folder"),
     (["teacher_training.batch_size=10", "teacher_training.micro_batch_size=3"], "multiple of"),
     (["data.name=folder:no/such/pictures"], "no/such/pictures"),
-    (["gradient_checkpointing=true", "net.name=nothing"], "unknown net"),
+    (["student_net.name=nothing"], "unknown net"),
+    (["net.options.width=abc"], "net.options"),
+    (["student_training.times={}"], "times"),
+    (["teacher_training.batch_size=-4"], r"'teacher_training.batch_size' must be at least 1"),
+    (["pairs.real_share=1.5"], r"must be in \[0, 1\], got 1.5"),
+    (["evaluate.nfe=[0]"], "at least 1"),
+    (["rounds=0"], "'rounds' must be at least 1"),
+    (["pairs.solver=hein"], "did you mean 'heun'"),
+    (["pairs.chunk_size=2000"], "pairs.shard_size 250"),
+    (["data.conditional=true", "pairs.guidance_scale=2"], "label_dropout"),
+    (["pairs.guidance_scale=2"], "class labels"),
+    (["data.name=digits", "net.name=unet2d", "gradient_checkpointing=maybe"], "true"),
 ]
 
 
@@ -163,6 +174,15 @@ def test_bad_input_is_one_line(tmp_path: Path, overrides: list[str], message: st
     with pytest.raises(FlowkitError, match=message) as error:
         straighten(_config(tmp_path / "run", *overrides))
     assert "\n" not in str(error.value)
+
+
+def test_a_refused_run_leaves_its_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(FlowkitError):
+        straighten(_config(tmp_path, "evaluate.features=digit"))
+    stages = ["teacher_training.steps=2", "student_training.steps=2", "distillation.steps=0"]
+    few = ["control=false", "pairs.num_pairs=100", "evaluate.num_samples=20"]
+    straighten(_config(tmp_path, *stages, *few))
+    assert (tmp_path / "summary.json").is_file()
 
 
 def test_a_teacher_for_other_pictures_is_refused(finished: Path, tmp_path: Path) -> None:

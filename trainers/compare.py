@@ -36,7 +36,9 @@ class Comparison:
             self.options.features, weights=self.options.weights, device=run.accelerator.device
         )
         data = run.options.data
-        self.reference = load_data(data.name, self.options.split, root=data.root, size=data.size)
+        self.reference = load_data(
+            data.name, self.options.split, root=data.root, size=data.size, download=data.download
+        )
         self.extractor(self.reference.fetch([0])["data"])  # refuses pictures it cannot take
         if run.options.push_to_hub and run.accelerator.is_main_process:
             _check_login()
@@ -134,12 +136,11 @@ class Comparison:
 
 def _check_login() -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
         HfApi().whoami()
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # no token, no network, or whatever its HTTP library raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FlowkitError(
             f"push_to_hub needs a login ({reason}); run `hf auth login`, or leave push_to_hub out"
         ) from None

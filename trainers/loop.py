@@ -184,7 +184,10 @@ class Loop:
                     self._save()
                 if self._told_to_stop():
                     self._save()
-                    logger.info(f"{self.name}: saved at step {self.step} after SIGTERM")
+                    accelerator.print(
+                        f"\n{self.name}: saved at step {self.step} after SIGTERM; "
+                        "the same command resumes"
+                    )
                     raise Preempted
 
     def update(self, rows: Any) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def conditioned(
     conditional = bind(model, class_labels=labels)
     if scale == 1:
         return conditional
-    nothing = bind(model, class_labels=torch.full_like(labels, _null_class(model)))
+    nothing = bind(model, class_labels=torch.full_like(labels, null_class(model)))
     return guided(conditional, nothing, scale)
 
 
@@ -125,13 +125,15 @@ def _times(model: VelocityModel, grid: str, num_steps: int) -> list[float]:
     return grids.edm(num_steps, sigma_max=1 / max(model.t_min, 1e-3) - 1)
 
 
-def _null_class(model: VelocityModel) -> int:
+def null_class(model: VelocityModel) -> int:
     config: Any = getattr(model.net, "config", {})
-    count = getattr(model, "null_class", None) or config.get("num_classes")
+    count = getattr(model, "null_class", None)
+    if count is None and config.get("label_dropout"):
+        count = config.get("num_classes")
     if count is None:
         raise FlowkitError(
             f"{type(model.net).__name__} has no unconditional class to guide with; "
-            "set pairs.guidance_scale=1"
+            "set pairs.guidance_scale=1, or train it with net.options.label_dropout=0.1"
         )
     return int(count)
 

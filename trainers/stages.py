@@ -7,12 +7,12 @@ import dataclasses
 import hashlib
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,10 +38,12 @@ from flowkit.velocity import VelocityModel
 
 __all__ = ["Run", "build_model"]
 
+T = TypeVar("T")
+
 # Options that do not change what a run computes: a resumed run may be given others.
 MAY_CHANGE = {
     *("output_dir", "num_workers", "checkpoint_every", "keep_checkpoints", "sample_every"),
-    *("log_every", "max_skipped_steps", "report_to", "push_to_hub"),
+    *("log_every", "max_skipped_steps", "report_to", "push_to_hub", "evaluate"),
 }
 # Network time of each net that can be trained from scratch, for flowkit's t in [0, 1]:
 # NCSN++ as in gnobitab/RectifiedFlow, UNet2DModel as its own timesteps.
@@ -77,7 +79,16 @@ def build_model(net: NetOptions, shape: Sequence[int], num_classes: int | None) 
             close = get_close_matches(name, names, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
             raise FlowkitError(f"net {net.name!r} has no option {name!r}; {hint}")
-    return FlowVelocity(build(**{**given, **net.options}), time_scale=TIME_SCALES[net.name])
+    network = _checked("net.options", build, {**given, **net.options})
+    return FlowVelocity(network, time_scale=TIME_SCALES[net.name])
+
+
+def _checked(option: str, build: Callable[..., T], options: dict[str, Any]) -> T:
+    """build(**options), where an option of the wrong type is the user's mistake, not ours."""
+    try:
+        return build(**options)
+    except (TypeError, ValueError) as error:
+        raise FlowkitError(f"{option}: {error}") from None
 
 
 class Run:
@@ -94,7 +105,9 @@ class Run:
         self.folder = Path(options.output_dir)
         self._check_folder()
         data = options.data
-        self.data: Any = load_data(data.name, "train", root=data.root, size=data.size)
+        self.data: Any = load_data(
+            data.name, "train", root=data.root, size=data.size, download=data.download
+        )
         self.num_classes = self.data.num_classes if data.conditional else None
         if data.conditional and self.num_classes is None:
             raise FlowkitError(f"data.conditional=true needs labels, but {data.name} has none")
@@ -104,8 +117,8 @@ class Run:
                 "a mirrored latent is not that of a mirrored picture; data.flip=false"
             )
         for training in trainings:
-            density(**training.times)
-            premetric(**training.loss)
+            _checked("times", density, training.times)
+            _checked("loss", premetric, training.loss)
         self.accelerator = make_accelerator(options)
         self.first_step = 0
         if self.accelerator.is_main_process:
@@ -121,12 +134,30 @@ class Run:
                     progress=self.accelerator.is_main_process,
                 )
         self.shape = tuple(self.data.shape)
-        self.accelerator.init_trackers("flowkit", config={"options": str(config.to_dict(options))})
+        try:
+            self.accelerator.init_trackers(
+                "flowkit", config={"options": str(config.to_dict(options))}
+            )
+        except Exception as error:
+            if options.report_to != "wandb":
+                raise
+            reason = " ".join(str(error).split())
+            raise FlowkitError(
+                f"report_to=wandb cannot start ({reason}); run `wandb login`, set "
+                "WANDB_MODE=offline, or report_to=none"
+            ) from error
 
     def _check_folder(self) -> None:
         record = self.folder / "config.yaml"
         if record.is_file():
-            stored = config.load(type(self.options), record)
+            if {path.name for path in self.folder.iterdir()} == {record.name}:
+                return  # nothing was made yet: a run that was refused, and may be put right
+            try:
+                stored = config.load(type(self.options), record)
+            except FlowkitError:
+                raise FlowkitError(
+                    f"{self.folder} holds a run of another trainer; choose another output_dir"
+                ) from None
             difference = config.first_difference(self.options, stored, ignore=MAY_CHANGE)
             if difference:
                 raise FlowkitError(

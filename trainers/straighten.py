@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flowkit.coupling import Coupling, Mixed, Paired
+from flowkit.errors import FlowkitError
 from flowkit.noise import derive_seed
 from flowkit.pairs import PairStore
+from flowkit.registry import look_up
+from flowkit.samplers.solve import SOLVERS
 from flowkit.trainers.compare import Comparison
-from flowkit.trainers.pairing import generate_pairs, invert_pictures
+from flowkit.trainers.pairing import generate_pairs, invert_pictures, null_class
 from flowkit.trainers.settings import FlowConfig, ReflowConfig
 from flowkit.trainers.stages import Run
 from flowkit.velocity import VelocityModel
@@ -34,6 +37,7 @@ def straighten(config: ReflowConfig) -> None:
     stages = [config.teacher_training, config.student_training, config.distillation]
     run = Run(config, stages)
     comparison = Comparison(run)
+    _check(run, config)
     flow = teacher = _teacher(run, config)
     models = {"teacher": teacher}
     for k in range(1, config.rounds + 1):
@@ -55,6 +59,24 @@ def straighten(config: ReflowConfig) -> None:
         )
         models["control"] = run.train("control", teacher, run.independent(), control)
     comparison.finish(models, method=f"reflow ({config.rounds + 1}-rectified flow)")
+
+
+def _check(run: Run, config: ReflowConfig) -> None:
+    """Refuse what the later stages would refuse, before the first one costs anything."""
+    pairs = config.pairs
+    if pairs.chunk_size > pairs.shard_size:
+        raise FlowkitError(
+            f"pairs.chunk_size {pairs.chunk_size} is more than a file holds, "
+            f"pairs.shard_size {pairs.shard_size}; lower the one or raise the other"
+        )
+    if pairs.guidance_scale != 1 and run.num_classes is None:
+        raise FlowkitError("pairs.guidance_scale needs class labels; set data.conditional=true")
+    look_up("solver", pairs.solver, SOLVERS)
+    nets = [config.net] if config.teacher == "train" else []
+    built = [run.build(net) for net in (*nets, config.student_net) if net is not None]
+    if pairs.guidance_scale != 1:
+        for model in built:
+            null_class(model)
 
 
 def _teacher(run: Run, config: ReflowConfig) -> VelocityModel:
