@@ -21,7 +21,7 @@ MIN_SIDE = 32  # pixels that a shown picture has at least
 LABEL_HEIGHT, GAP, PADDING = 18, 12, 2
 MODELS = {
     "teacher": "1-RF (teacher)",
-    "student": "2-RF (student)",
+    "student": "{rounds}-RF (student)",
     "distilled": "distilled to one step",
     "control": "control: teacher trained on",
     "model": "1-RF",
@@ -74,11 +74,17 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
     ]
     for name in named:
         values = " | ".join(f"{value:.4g}" for value in summary[name]["fd"])
-        lines.append(f"| {MODELS[name]} | {values} | {summary[name]['straightness']:.3g} |")
+        label = MODELS[name].format(rounds=summary.get("rounds", 1) + 1)
+        lines.append(f"| {label} | {values} | {summary[name]['straightness']:.3g} |")
     lines += ["", *_readings(summary), ""]
     seconds = summary.get("seconds", {})
     lines.append("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     return "\n".join(lines) + "\n"
+
+
+def _straighter(summary: Mapping[str, Any]) -> str:
+    before, after = summary["teacher"]["straightness"], summary["student"]["straightness"]
+    return f", and the paths are {before / after:.3g} times straighter" if before and after else ""
 
 
 def _readings(summary: Mapping[str, Any]) -> list[str]:
@@ -87,11 +93,10 @@ def _readings(summary: Mapping[str, Any]) -> list[str]:
         return []
     nfe, teacher, student = summary["nfe"], summary["teacher"], summary["student"]
     first, last = student["fd"][0] / teacher["fd"][0], student["fd"][-1] / teacher["fd"][-1]
-    straight = teacher["straightness"] / max(student["straightness"], 1e-30)
     verdict = f"{last - 1:.0%} worse" if last > 1 else f"{1 - last:.0%} better"
     lines = [
-        f"Reflow takes the distance at {nfe[0]} NFE to {first:.3f} of the teacher's, "
-        f"and the paths are {straight:.3g} times straighter.",
+        f"Reflow takes the distance at {nfe[0]} NFE to {first:.3f} of the teacher's"
+        f"{_straighter(summary)}.",
         f"What it costs: at {nfe[-1]} NFE the student is {verdict} than its teacher.",
     ]
     if "distilled" in summary:

@@ -65,6 +65,8 @@ def _disk_errors(target: Path, staging: Path | None = None) -> Iterator[None]:
         reason = str(error).splitlines()[0]
         if "unexpected pos" in reason:  # torch.save's words for a write that was cut short
             reason = "No space left on device"
+        elif isinstance(error, RuntimeError):
+            raise
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
@@ -162,23 +164,29 @@ def push(folder: str | Path, repository: str) -> str:
     return str(api.upload_folder(repo_id=repository, folder_path=str(folder)))
 
 
-def model_card(method: str, data: str, summary: str) -> str:
-    """The README.md of an exported model.
+def model_card(folder: str | Path, method: str, data: str, summary: str) -> str:
+    """The README.md of the exported model in `folder`.
 
     method: what it was trained with.  data: what on.  summary: markdown of the measured numbers.
     """
     from huggingface_hub import ModelCardData
 
-    tags = ["flow-matching", "rectified-flow", "few-step", "unconditional-image-generation"]
+    record = read_json(Path(folder) / "flowkit.json")
+    labels, latents = record["num_classes"] is not None, record.get("latents") is not None
+    kind = "class-conditional" if labels else "unconditional"
+    tags = ["flow-matching", "rectified-flow", "few-step", f"{kind}-image-generation"]
     header = ModelCardData(library_name="flowkit", license="apache-2.0", tags=tags).to_yaml()
+    bound = "bind(velocity, class_labels=torch.arange(16) % 10)" if labels else "velocity"
+    made = "normalised latents, see flowkit.latents" if latents else "in [-1, 1]"
     return (
         f"---\n{header}\n---\n\n# {method}\n\nTrained on {data} with flowkit.\n\n"
         "```python\n"
         "from flowkit.adapters import from_diffusers\n"
         "from flowkit.noise import keyed_noise\n"
-        "from flowkit.samplers import grids, sample\n\n"
+        "from flowkit.samplers import grids, sample\n"
+        f"{'from flowkit.velocity import bind' * labels}\n\n"
         'velocity = from_diffusers("this/repository")\n'
-        "noise = keyed_noise(seed=0, indices=range(16), shape=(C, H, W))\n"
-        "pictures = sample(velocity, noise, grids.uniform(1)).x  # in [-1, 1]\n"
+        f"noise = keyed_noise(seed=0, indices=range(16), shape={tuple(record['shape'])})\n"
+        f"x = sample({bound}, noise, grids.uniform(1)).x  # {made}\n"
         f"```\n\n{summary}"
     )

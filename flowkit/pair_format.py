@@ -174,7 +174,7 @@ def check_noise(noise: Tensor, data: Tensor, *, exact: bool) -> None:
     """
     if (problem := _not_noise(noise, exact)) is None:
         return
-    if _not_noise(data, exact) is None:
+    if _not_noise(data, exact=True) is None:
         raise FlowkitError(
             f"noise and data are swapped: 'noise' has {problem} and 'data' is white noise; "
             "in flowkit noise is at t = 0, data at t = 1"

@@ -54,7 +54,7 @@ class Comparison:
             seconds["pairs"] = run.seconds(*(s for s in stages if "pairs" in s))
             seconds["student"] = run.seconds(*(s for s in stages if s.startswith("student")))
             seconds["evaluate"] = round(time.perf_counter() - start, 2)
-            summary["seconds"] = seconds
+            summary["seconds"] = {name: value for name, value in seconds.items() if value}
             self._write(summary, models, method)
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
@@ -67,6 +67,7 @@ class Comparison:
             "seed": run.options.seed,
             "nfe": list(options.nfe),
             "num_samples": options.num_samples,
+            "rounds": getattr(run.options, "rounds", 0),
             "features": self.extractor.id,
             "reference": f"{run.options.data.name} {options.split} ({len(self.reference)})",
         }
@@ -116,9 +117,12 @@ class Comparison:
             path.write_text(text, encoding="utf-8")
         write_json(run.folder / "summary.json", summary)
         for name in models:
-            if (run.folder / name / "README.md").is_file():
-                with atomic_file(run.folder / name / "README.md") as path:
-                    path.write_text(model_card(method, run.options.data.name, text), "utf-8")
+            folder = run.folder / name
+            if (folder / "README.md").is_file():
+                with atomic_file(folder / "README.md") as path:
+                    path.write_text(
+                        model_card(folder, method, run.options.data.name, text), "utf-8"
+                    )
         print(f"\n{text}\nwritten to {run.folder}")
         if run.options.push_to_hub:
             last = list(models)[-1] if "student" not in models else "student"

@@ -141,8 +141,8 @@ class Loop:
         """Train to the end; returns the averaged model, in eval mode."""
         self._resume()
         self._banner()
-        previous = signal.signal(signal.SIGTERM, self._terminate)
         self.terminating = False
+        previous = signal.signal(signal.SIGTERM, self._terminate)
         try:
             self._train()
         finally:
@@ -171,6 +171,7 @@ class Loop:
             unit="step",
             disable=not accelerator.is_main_process,
         )
+        due = False
         with bar:
             while self.step < self.options.steps:
                 logs = self.update(rows)
@@ -180,8 +181,9 @@ class Loop:
                     self._log(logs, bar)
                 if run.sample_every and self.step % run.sample_every == 0:
                     self._preview()
-                if self.step % run.checkpoint_every == 0:
-                    self._save()
+                due = due or self.step % run.checkpoint_every == 0
+                if due and not self.skipped_in_a_row:
+                    due = self._save()
                 if self._told_to_stop():
                     self._save()
                     accelerator.print(
@@ -256,9 +258,10 @@ class Loop:
         self.ema.restore(self.parameters)
         log_picture(self.accelerator, f"{self.name}/samples", picture, self.first_step + self.step)
 
-    def _save(self) -> None:
-        if self.saved_step == self.step or self.skipped_in_a_row:
-            return
+    def _save(self) -> bool:
+        """Write a checkpoint unless this step has one; returns False: none is due any more."""
+        if self.saved_step == self.step:
+            return False
         state = {
             "skipped": self.skipped,
             "schedule": self.schedule.state_dict(),
@@ -268,6 +271,7 @@ class Loop:
         self.saved_step = self.step
         if self.accelerator.is_main_process:
             checkpoint.prune(self.folder, self.run_options.keep_checkpoints)
+        return False
 
     def _resume(self) -> None:
         self.ema.to(self.accelerator.device)

@@ -7,9 +7,11 @@ processes see what one process sees that accumulates W times as many.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +89,20 @@ def read(
             _Rows(coupling),
             batch_sampler=(batch.tolist() for batch in batches),
             num_workers=num_workers,
-            collate_fn=lambda rows: rows,
+            collate_fn=_as_read,
+            worker_init_fn=_outlive_sigterm,
             pin_memory=pin_memory,
         )
     )
+
+
+def _as_read(rows: Any) -> Any:
+    return rows
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A launcher sends SIGTERM to all processes; a reader that died of it would stop the save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Rows(Dataset):

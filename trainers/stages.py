@@ -24,14 +24,16 @@ from flowkit.data import load_data
 from flowkit.errors import FlowkitError
 from flowkit.eval.report import write_grid
 from flowkit.files import read_json, write_json
-from flowkit.latents import decode_latents, encode_latents, load_vae
+from flowkit.latents import Latents, decode_latents, encode_latents, load_vae
 from flowkit.losses import premetric
 from flowkit.noise import derive_seed, keyed_noise
 from flowkit.samplers import grids, sample
 from flowkit.samplers.timesteps import density
+from flowkit.schema import leaves
 from flowkit.trainers.launch import make_accelerator
 from flowkit.trainers.loop import Loop
 from flowkit.trainers.matching import FlowMatching
+from flowkit.trainers.order import Order
 from flowkit.trainers.pairing import conditioned, keyed_labels
 from flowkit.trainers.settings import FlowConfig, NetOptions, ReflowConfig, TrainOptions
 from flowkit.velocity import VelocityModel
@@ -91,6 +93,10 @@ def _checked(option: str, build: Callable[..., T], options: dict[str, Any]) -> T
         raise FlowkitError(f"{option}: {error}") from None
 
 
+def _scalar(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
 class Run:
     """A trainer's run: its folder, its processes, its pictures.
 
@@ -120,6 +126,9 @@ class Run:
             _checked("times", density, training.times)
             _checked("loss", premetric, training.loss)
         self.accelerator = make_accelerator(options)
+        world = self.accelerator.num_processes
+        for training in trainings:
+            Order(1, training.batch_size, 0, training.micro_batch_size, 0, world)
         self.first_step = 0
         if self.accelerator.is_main_process:
             config.save(options, self.folder / "config.yaml")
@@ -136,7 +145,9 @@ class Run:
         self.shape = tuple(self.data.shape)
         try:
             self.accelerator.init_trackers(
-                "flowkit", config={"options": str(config.to_dict(options))}
+                "flowkit",
+                config={name: _scalar(value) for name, value in leaves(config.to_dict(options))},
+                init_kwargs={"wandb": {"dir": str(self.folder)}},
             )
         except Exception as error:
             if options.report_to != "wandb":
@@ -150,7 +161,7 @@ class Run:
     def _check_folder(self) -> None:
         record = self.folder / "config.yaml"
         if record.is_file():
-            if {path.name for path in self.folder.iterdir()} == {record.name}:
+            if not (self.folder / "stages").exists():
                 return  # nothing was made yet: a run that was refused, and may be put right
             try:
                 stored = config.load(type(self.options), record)
@@ -246,6 +257,12 @@ class Run:
                     f"the data has {self.shape} with classes {self.num_classes}; "
                     "choose other data, or another model"
                 )
+            latents = made_for.get("latents")
+            if latents and (self.vae is None or Latents(**latents) != self.data.latents):
+                raise FlowkitError(
+                    f"{path} was trained on latents with other statistics than this data's; "
+                    "give the data and the VAE that it was trained with"
+                )
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def identity(self, model: VelocityModel) -> dict[str, Any]:
@@ -255,10 +272,8 @@ class Run:
             weights.update(
                 tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             )
-        pairs = getattr(self.options, "pairs", None)
-        made = {} if pairs is None else dataclasses.asdict(pairs)
         net = type(model.net).__name__
-        return {"net": net, **model.description(), "weights": weights.hexdigest(), **made}
+        return {"net": net, **model.description(), "weights": weights.hexdigest()}
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from flowkit.coupling import Coupling, Mixed, Paired
 from flowkit.errors import FlowkitError
@@ -14,6 +14,7 @@ from flowkit.pairs import PairStore
 from flowkit.registry import look_up
 from flowkit.samplers.solve import SOLVERS
 from flowkit.trainers.compare import Comparison
+from flowkit.trainers.loop import set_dropout
 from flowkit.trainers.pairing import generate_pairs, invert_pictures, null_class
 from flowkit.trainers.settings import FlowConfig, ReflowConfig
 from flowkit.trainers.stages import Run
@@ -74,6 +75,11 @@ def _check(run: Run, config: ReflowConfig) -> None:
     look_up("solver", pairs.solver, SOLVERS)
     nets = [config.net] if config.teacher == "train" else []
     built = [run.build(net) for net in (*nets, config.student_net) if net is not None]
+    if pairs.real_share == 1:
+        raise FlowkitError("pairs.real_share must be below 1: a student needs made pairs too")
+    for stage in (config.student_training, config.distillation):
+        if built and stage.dropout and stage.steps:
+            set_dropout(built[-1].net, stage.dropout)
     if pairs.guidance_scale != 1:
         for model in built:
             null_class(model)
@@ -95,7 +101,7 @@ def _pairs(run: Run, config: ReflowConfig, flow: VelocityModel, name: str) -> Pa
             shape=run.shape,
             num_classes=run.num_classes,
             seed=derive_seed(config.seed, name),
-            source=run.identity(flow),
+            source={**run.identity(flow), **asdict(config.pairs)},
             accelerator=run.accelerator,
             name=name,
         )
@@ -117,7 +123,7 @@ def _with_real_pictures(
             config.pairs,
             num_classes=run.num_classes,
             seed=derive_seed(config.seed, name),
-            source=run.identity(flow),
+            source={**run.identity(flow), **asdict(config.pairs)},
             accelerator=run.accelerator,
             name=name,
         )
