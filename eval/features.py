@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import pickle
 from collections.abc import Callable
 from importlib import import_module
@@ -225,6 +226,8 @@ def _sha256(path: Path, what: str) -> str:
 
 def _from_module(name: str) -> Callable[[Tensor], Tensor]:
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # a script's own folder stands there in its place
+        sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

@@ -47,7 +47,7 @@ def test_batches_do_not_matter() -> None:
 
 def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_features.py").write_text("def flat(x):\n    return x.flatten(1) * 2\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     features = load_extractor("my_features:flat")
     pictures = _digits("test")[:3]
     assert torch.equal(features(pictures), pictures.flatten(1) * 2)
@@ -70,7 +70,7 @@ def test_a_whole_network_may_be_named(tmp_path: Path, monkeypatch: pytest.Monkey
         "    def __init__(self):\n"
         "        super().__init__(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     features, pictures = load_extractor("my_net:Net"), _digits("test")[:3]
     assert torch.equal(features(pictures), features(pictures))  # no dropout
     assert not features(pictures).requires_grad
