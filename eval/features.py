@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import pickle
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
