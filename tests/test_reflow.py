@@ -140,6 +140,11 @@ def test_class_conditional_with_guidance_and_a_smaller_student(tmp_path: Path) -
     assert sum(p.numel() for p in student.parameters()) < 0.5 * sum(
         p.numel() for p in from_diffusers(tmp_path / "teacher").parameters()
     )
+    scales = [
+        PairStore(tmp_path / name).index.source["guidance_scale"]
+        for name in ("pairs-1", "pairs-distillation")
+    ]
+    assert scales == [1.5, 1.0]
     labels = PairStore(tmp_path / "pairs-1").fetch(range(500))["class_labels"]
     assert labels.unique().tolist() == list(range(10))
 

@@ -90,7 +90,7 @@ class PairOptions:
     grid: Literal["uniform", "edm"] = option(
         "uniform", "times of those steps: of one length, or EDM's (rho 7), for EDM teachers"
     )
-    guidance_scale: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
+    guidance_scale: float = option(1.0, "classifier-free guidance of the first teacher; 1: none")
     shard_size: int = option(2_000, "pairs a file", low=1)
     chunk_size: int = option(
         500, "pairs the teacher makes at once; fixes the pairs' last bits", low=1

@@ -42,7 +42,7 @@ def straighten(config: ReflowConfig) -> None:
     flow = teacher = _teacher(run, config)
     models = {"teacher": teacher}
     for k in range(1, config.rounds + 1):
-        pairs = _pairs(run, config, flow, f"pairs-{k}")
+        pairs = _pairs(run, config, flow, f"pairs-{k}", guided=k == 1)
         coupling = _with_real_pictures(run, config, flow, pairs, f"real-pairs-{k}")
         start = flow
         if config.student_net is not None and k == 1:
@@ -50,7 +50,7 @@ def straighten(config: ReflowConfig) -> None:
         name = "student" if k == config.rounds else f"student-{k}"
         flow = models["student"] = run.train(name, start, coupling, config.student_training)
     if config.distillation.steps:
-        pairs = _pairs(run, config, flow, "pairs-distillation")
+        pairs = _pairs(run, config, flow, "pairs-distillation", guided=False)
         models["distilled"] = run.train("distilled", flow, Paired(pairs), config.distillation)
     if config.control:
         control = replace(
@@ -91,17 +91,23 @@ def _teacher(run: Run, config: ReflowConfig) -> VelocityModel:
     return run.train("teacher", run.build(config.net), run.independent(), config.teacher_training)
 
 
-def _pairs(run: Run, config: ReflowConfig, flow: VelocityModel, name: str) -> PairStore:
-    """The pairs of `flow`, made or completed."""
+def _pairs(
+    run: Run, config: ReflowConfig, flow: VelocityModel, name: str, *, guided: bool
+) -> PairStore:
+    """The pairs of `flow`, made or completed.
+
+    guided: only the first teacher's are; its students have learnt the guidance with the pairs.
+    """
+    options = config.pairs if guided else replace(config.pairs, guidance_scale=1.0)
     with run.timed(name):
         pairs = generate_pairs(
             flow,
             run.folder / name,
-            config.pairs,
+            options,
             shape=run.shape,
             num_classes=run.num_classes,
             seed=derive_seed(config.seed, name),
-            source={**run.identity(flow), **asdict(config.pairs)},
+            source={**run.identity(flow), **asdict(options)},
             accelerator=run.accelerator,
             name=name,
         )
