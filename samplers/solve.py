@@ -129,8 +129,8 @@ def evaluation_times(solver: str | Solver, times: Sequence[float], **options: An
 def _dry_run(
     solver: Solver, grid: list[float], options: dict[str, Any]
 ) -> Generator[float, None, None]:
-    """Run the solver on a single number that stands still."""
-    evaluations = solver(torch.zeros((), dtype=torch.float64), grid, **options)
+    """Run the solver on a single sample, one number, that stands still."""
+    evaluations = solver(torch.zeros(1, dtype=torch.float64), grid, **options)
     reply: Any = None
     while True:
         try:
