@@ -43,6 +43,7 @@ __all__ = [
     "ReversedFlowVelocity",
     "VPLinearVelocity",
     "VPVelocity",
+    "alphas_cumprod",
     "from_description",
     "from_diffusers",
 ]
@@ -155,7 +156,7 @@ def _diffusion(
         }
         return PreconditionedVelocity(net, **sigmas)
     return VPVelocity(
-        net, alphas_cumprod=_table(scheduler), prediction=prediction, null_class=null_class
+        net, alphas_cumprod=alphas_cumprod(scheduler), prediction=prediction, null_class=null_class
     )
 
 
@@ -190,8 +191,11 @@ def _scheduler_config(scheduler: Any) -> dict[str, Any] | None:
     return dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
 
 
-def _table(scheduler: dict[str, Any]) -> list[float]:
-    """alphas_cumprod as diffusers computes it from the betas of a scheduler's config."""
+def alphas_cumprod(scheduler: Mapping[str, Any]) -> list[float]:
+    """The table that diffusers computes from the betas of a scheduler's config.
+
+    Raises FlowkitError when the config has no betas.
+    """
     from diffusers import DDPMScheduler
 
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")

@@ -27,6 +27,7 @@ from flowkit.paths import VE, Path, VPLinear, VPTable, data_and_noise
 from flowkit.velocity import VelocityModel, batch_times, expand_to
 
 __all__ = [
+    "Border",
     "EDMVelocity",
     "PreconditionedVelocity",
     "VPLinearVelocity",
@@ -37,14 +38,14 @@ __all__ = [
 _MARGIN = 1e-5
 
 
-class _DiffusionVelocity(VelocityModel):
-    """A network of `path` that predicts "epsilon", "sample" or "v_prediction".
+class Border:
+    """Where the straight path meets the path of a network that predicts `prediction`.
 
-    t_min, t_max: flowkit's times at the ends of what the network was trained on.
+    prediction: "epsilon", "sample" or "v_prediction".  t_min, t_max: flowkit's times at the ends of
+    what the network was trained on.  All times and results here have one shape, any shape.
     """
 
-    def __init__(self, net: nn.Module, path: Path, prediction: str) -> None:
-        super().__init__(net)
+    def __init__(self, path: Path, prediction: str) -> None:
         if prediction not in ("epsilon", "sample", "v_prediction"):
             raise FlowkitError(
                 "prediction must be 'epsilon', 'sample' or 'v_prediction' "
@@ -54,21 +55,39 @@ class _DiffusionVelocity(VelocityModel):
         noise_end, data_end = (1 / (1 + float(path.ratio(s))) for s in path.ends)
         self.t_min, self.t_max = max(noise_end, _MARGIN), min(data_end, 1 - _MARGIN)
 
+    def enter(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, ratio): for x_t the network sees y = scale x_t, at noise-to-signal `ratio`."""
+        held = t.clamp(self.t_min, self.t_max)
+        ratio = (1 - held) / held
+        # Both factors are 1 in the trained range.
+        low, high = t.clamp(max=self.t_min), t.clamp(min=self.t_max)
+        to_held = (1 - self.t_min) / (1 - low) * (self.t_max / high)
+        return to_held * self.path.scale(ratio) / held, ratio
+
+    def leave(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b): v = a data - b noise, with the network's estimates; both 1 in the range."""
+        low, high = t.clamp(max=self.t_min), t.clamp(min=self.t_max)
+        data_weight = 1 / (1 - low) - self.t_min / (1 - self.t_min)
+        noise_weight = 1 / high - (1 - self.t_max) / self.t_max
+        return data_weight, noise_weight
+
+
+class _DiffusionVelocity(VelocityModel):
+    """A network on the other side of a border: see Border."""
+
+    def __init__(self, net: nn.Module, path: Path, prediction: str) -> None:
+        super().__init__(net)
+        self.border = Border(path, prediction)
+        self.path, self.prediction = path, prediction
+        self.t_min, self.t_max = self.border.t_min, self.border.t_max
+
     def forward(self, x_t: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         x = x_t if x_t.dtype == torch.float64 else x_t.float()
         times = batch_times(t, x)
-        # Both factors are 1 in the trained range.
-        low, high = times.clamp(max=self.t_min), times.clamp(min=self.t_max)
-        held = times.clamp(self.t_min, self.t_max)
-        x_held = x * expand_to((1 - self.t_min) / (1 - low) * (self.t_max / high), x)
-        ratio = (1 - held) / held
-        y = x_held * expand_to(self.path.scale(ratio) / held, x)
-        data, noise = self._estimates(y, ratio, cond)
-        # v at (x_t, t) from the estimates at (x_held, held); data - noise in the trained range.
-        data_weight = 1 / (1 - low) - self.t_min / (1 - self.t_min)
-        noise_weight = 1 / high - (1 - self.t_max) / self.t_max
-        v = expand_to(data_weight, x) * data - expand_to(noise_weight, x) * noise
-        return v.to(x_t.dtype)
+        scale, ratio = self.border.enter(times)
+        data, noise = self._estimates(x * expand_to(scale, x), ratio, cond)
+        data_weight, noise_weight = (expand_to(w, x) for w in self.border.leave(times))
+        return (data_weight * data - noise_weight * noise).to(x_t.dtype)
 
     def _estimates(self, y: Tensor, ratio: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(data, noise) at y (B, *), a point of the network's path with ratio (B,)."""

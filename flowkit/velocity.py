@@ -10,6 +10,7 @@ straight path all of them are affine in each other:
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "expand_to",
     "guided",
     "interpolate",
+    "sigma_interval",
     "to_data",
     "to_noise",
     "to_score",
@@ -143,13 +145,20 @@ class bind:  # noqa: N801 - reads as a function
 
 
 class guided:  # noqa: N801 - reads as a function
-    """Classifier-free guidance, v = v_u + scale (v_c - v_u), inside a t-interval.
+    """Classifier-free guidance, v = v_u + scale (v_c - v_u), inside a t-interval (Ho & Salimans,
+    2022, arXiv:2207.12598).
 
-    conditional, unconditional: Velocity.  scale 1 and times outside `interval` (open at both
-    ends, in flowkit's t) never call the unconditional one (Kynkaanniemi et al., 2024,
-    arXiv:2404.07724).  rescale in [0, 1] pulls the per-sample standard deviation of v towards
-    that of v_c (Lin et al., 2023, arXiv:2305.08891), in velocity space.
-    t must be one time for the whole batch: a float or a () tensor.
+    conditional, unconditional: Velocity.  The same model at lower quality, under the same
+    conditioning, in the place of `unconditional` makes it AutoGuidance (Karras et al., 2024,
+    arXiv:2406.02507): guided(bind(model, y=y), bind(weak, y=y), 1.4).
+    interval: open at both ends, in flowkit's t; for limits in EDM's sigma see `sigma_interval`.
+    scale 1 and times outside never call `unconditional` (Kynkaanniemi et al., 2024,
+    arXiv:2404.07724).  A stage of a solver is inside or outside by its own time.
+    rescale: in [0, 1], pulls the per-sample standard deviation of v towards that of v_c (Lin et
+    al., 2023, arXiv:2305.08891); in velocity space, where it is not the same as in that of noise.
+
+    t: a float, () or (B,).  Only a tensor t on a device, with an interval, makes the host wait.
+    Predictions of data, noise and score are guided alike, being affine in v.
     """
 
     def __init__(
@@ -163,22 +172,43 @@ class guided:  # noqa: N801 - reads as a function
     ) -> None:
         if not 0 <= rescale <= 1:
             raise FlowkitError(f"rescale must lie in [0, 1], got {rescale}; 0 switches it off")
-        if interval[0] >= interval[1]:
+        if not interval[0] < interval[1]:
             raise FlowkitError(f"interval must be (low, high) with low < high, got {interval}")
         self.conditional, self.unconditional = conditional, unconditional
         self.scale, self.interval, self.rescale = scale, interval, rescale
 
     def __call__(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         v_c = self.conditional(x_t, t)
-        low, high = self.interval
-        times = expand_to(t, x_t)
-        inside = (low < times) & (times < high)
-        if self.scale == 1 or not inside.any():
+        if self.scale == 1:
             return v_c
-        v_u = self.unconditional(x_t, t)
+        low, high = self.interval
+        if low < 0 and high > 1:
+            return self._guide(v_c, self.unconditional(x_t, t))
+        if not isinstance(t, Tensor):
+            return self._guide(v_c, self.unconditional(x_t, t)) if low < t < high else v_c
+        inside = (low < t) & (t < high)
+        if not inside.any():
+            return v_c
+        v = self._guide(v_c, self.unconditional(x_t, t))
+        return torch.where(inside.to(v.device).reshape(-1, *[1] * (v.ndim - 1)), v, v_c)
+
+    def _guide(self, v_c: Tensor, v_u: Tensor) -> Tensor:
         v = v_u + self.scale * (v_c - v_u)
-        if self.rescale and v[0].numel() > 1:
-            dims = tuple(range(1, v.ndim))
-            ratio = v_c.std(dims, keepdim=True) / v.std(dims, keepdim=True).clamp(min=1e-12)
-            v = v * (self.rescale * ratio + 1 - self.rescale)
-        return torch.where(inside, v, v_c)
+        if not self.rescale or v[0].numel() == 1:  # one number has no deviation
+            return v
+        dims = tuple(range(1, v.ndim))
+        std, std_c = v.std(dims, keepdim=True), v_c.std(dims, keepdim=True)
+        # What rounding alone leaves of a constant v is no deviation to divide by.
+        rounding = torch.finfo(v.dtype).eps * v.abs().amax(dims, keepdim=True)
+        ratio = torch.where(std > rounding, std_c / std, torch.ones_like(std))
+        return v * (self.rescale * ratio + 1 - self.rescale)
+
+
+def sigma_interval(low: float, high: float) -> tuple[float, float]:
+    """The `interval` of guided for EDM's sigma between low and high: t = 1 / (1 + sigma).
+
+    sigma_interval(0.28, 5.42) is (0.156, 0.781).  high: math.inf takes in pure noise, t = 0.
+    """
+    if not 0 <= low < high:
+        raise FlowkitError(f"sigma_interval needs 0 <= low < high, got {low} and {high}")
+    return (-1.0 if high == math.inf else 1 / (1 + high)), 1 / (1 + low)

@@ -1,7 +1,34 @@
-"""Solvers, time grids and densities of t, and the driver that samples with them and inverts."""
+"""Solvers, time grids and densities of t, the driver that samples with them and inverts, and the
+schedulers that put the same solvers into diffusers pipelines."""
 
 from __future__ import annotations
 
+from flowkit.samplers.named_schedulers import (
+    AB2Scheduler,
+    BDIADDIMScheduler,
+    BDIAScheduler,
+    DEISFlowScheduler,
+    DPMSolverFlowScheduler,
+    FireFlowScheduler,
+    RFSolverScheduler,
+    UniPCFlowScheduler,
+)
+from flowkit.samplers.scheduler import FlowScheduler
 from flowkit.samplers.solve import Result, Step, evaluation_times, invert, sample
 
-__all__ = ["Result", "Step", "evaluation_times", "invert", "sample"]
+__all__ = [
+    "AB2Scheduler",
+    "BDIADDIMScheduler",
+    "BDIAScheduler",
+    "DEISFlowScheduler",
+    "DPMSolverFlowScheduler",
+    "FireFlowScheduler",
+    "FlowScheduler",
+    "RFSolverScheduler",
+    "Result",
+    "Step",
+    "UniPCFlowScheduler",
+    "evaluation_times",
+    "invert",
+    "sample",
+]

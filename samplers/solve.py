@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,21 +19,31 @@ from tqdm.auto import tqdm
 
 from flowkit.errors import FlowkitError
 from flowkit.registry import check_options, look_up
+from flowkit.samplers.adaptive import ADAPTIVE, dopri5
+from flowkit.samplers.dpm import dpmpp_2m, dpmpp_3m, unipc
+from flowkit.samplers.dual import dual_fast
 from flowkit.samplers.evaluations import Evaluations, Solver
-from flowkit.samplers.few_step import rfpp
-from flowkit.samplers.multistep import ab2
+from flowkit.samplers.exact import bdia, bdia_ddim, bdia_edm, ddim
+from flowkit.samplers.exponential import deis
+from flowkit.samplers.few_step import consistency, rfpp
+from flowkit.samplers.multistep import ab2, ab3, ab4, fireflow
 from flowkit.samplers.runge_kutta import euler, heun, midpoint, rk4
+from flowkit.samplers.stochastic import edm_heun, sde
 from flowkit.velocity import Velocity
 
 __all__ = [
+    "DEFAULT_SOLVER",
     "SOLVERS",
+    "STOCHASTIC",
     "Callback",
     "Evaluations",
     "Result",
     "Solver",
     "Step",
     "evaluation_times",
+    "find_solver",
     "invert",
+    "is_adaptive",
     "sample",
 ]
 
@@ -44,8 +54,27 @@ SOLVERS: dict[str, Solver] = {
     "heun": heun,
     "rk4": rk4,
     "ab2": ab2,
+    "ab3": ab3,
+    "ab4": ab4,
+    "fireflow": fireflow,
+    "deis": deis,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "unipc": unipc,
+    "dual_fast": dual_fast,
+    "ddim": ddim,
+    "bdia": bdia,
+    "bdia_ddim": bdia_ddim,
+    "bdia_edm": bdia_edm,
+    "edm_heun": edm_heun,
+    "sde": sde,
+    "dopri5": dopri5,
     "rfpp": rfpp,
+    "consistency": consistency,
 }
+
+DEFAULT_SOLVER = "ab2"
+STOCHASTIC = frozenset({"sde", "consistency"})  # random whatever their options are
 
 
 @dataclass(frozen=True)
@@ -122,15 +151,43 @@ def evaluation_times(solver: str | Solver, times: Sequence[float], **options: An
     """The times at which a solver evaluates the velocity, in order; their number is its NFE.
 
     times: in the order of the run, decreasing for an inversion.
+    Raises FlowkitError for an adaptive solver, whose times depend on the state.
     """
-    return list(_dry_run(_find(solver, options), [float(t) for t in times], options))
+    found = find_solver(solver, options)
+    if is_adaptive(found):
+        raise FlowkitError(f"solver {solver!r} chooses its times as it goes; run it to know them")
+    return list(_dry_run(found, [float(t) for t in times], options))
+
+
+def find_solver(solver: str | Solver, options: Mapping[str, Any]) -> Solver:
+    """The solver of a name, or the function itself, once `options` are known to fit it.
+
+    Raises FlowkitError for an unknown name or option, a missing one, and for other things.
+    """
+    found = look_up("solver", solver, SOLVERS) if isinstance(solver, str) else solver
+    if not inspect.isgeneratorfunction(found):
+        raise FlowkitError(
+            f"a solver is a name or a generator function (x, times) -> Evaluations, got {solver!r}"
+        )
+    name = solver if isinstance(solver, str) else found.__name__
+    check_options(f"solver {name!r}", found, options, skip=2)
+    return found
+
+
+def is_adaptive(solver: Solver) -> bool:
+    """Whether a solver chooses its times by the state it sees."""
+    return solver in ADAPTIVE
 
 
 def _dry_run(
     solver: Solver, grid: list[float], options: dict[str, Any]
 ) -> Generator[float, None, None]:
     """Run the solver on a single sample, one number, that stands still."""
-    evaluations = solver(torch.zeros(1, dtype=torch.float64), grid, **options)
+    state = options.get("state")
+    if "draw" in options:  # a dry run must not advance the caller's generator
+        options = options | {"draw": lambda x, k: torch.zeros_like(x)}
+    x = torch.zeros(1, dtype=torch.float64) if state is None else torch.zeros_like(state[0])
+    evaluations = solver(x, grid, **options)
     reply: Any = None
     while True:
         try:
@@ -150,8 +207,13 @@ def _drive(
     callback: Callback | None,
     options: dict[str, Any],
 ) -> Result:
-    run = _find(solver, options)
+    run = find_solver(solver, options)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if callback and is_adaptive(run):
+        raise FlowkitError(
+            f"solver {solver!r} chooses its steps as it goes, so it has no step for a callback; "
+            "call sample() from one time to the next instead"
+        )
     visit = _Visits(callback, grid, run, options) if callback else None
     evaluations, reply, nfe = run(x, grid, **options), None, 0
     with tqdm(total=len(grid) - 1, disable=not progress, unit="step") as bar:
@@ -210,17 +272,6 @@ def _velocity(velocity: Velocity, x: Tensor, t: float) -> Tensor:
             f"at t={t:.4g}"
         )
     return v.to(x.dtype)
-
-
-def _find(solver: str | Solver, options: dict[str, Any]) -> Solver:
-    found = look_up("solver", solver, SOLVERS) if isinstance(solver, str) else solver
-    if not inspect.isgeneratorfunction(found):
-        raise FlowkitError(
-            f"a solver is a name or a generator function (x, times) -> Evaluations, got {solver!r}"
-        )
-    name = solver if isinstance(solver, str) else found.__name__
-    check_options(f"solver {name!r}", found, options, skip=2)
-    return found
 
 
 def _checked(times: Sequence[float], hint: str) -> list[float]:

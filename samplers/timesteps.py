@@ -1,4 +1,4 @@
-"""Densities of t for training, each with sample, pdf, cdf and quantile in closed form.
+"""Densities of t for training, each with sample, pdf, cdf and quantile.
 
 t: 0 (noise) -> 1 (data).  A draw is the quantile of a uniform number, so that two densities given
 the same generator are compared on common random numbers.
@@ -7,7 +7,7 @@ the same generator are compared on common random numbers.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,68 +17,22 @@ from torch import Tensor
 
 from flowkit.errors import FlowkitError
 from flowkit.registry import check_options, look_up
+from flowkit.samplers.curriculum import Curriculum
+from flowkit.samplers.time_density import TimeDensity, Uniform
 
 __all__ = [
     "Constant",
+    "CosMap",
     "Curriculum",
     "EDM",
     "LogitNormal",
+    "Mode",
     "Shifted",
     "TimeDensity",
     "UShaped",
     "Uniform",
     "density",
 ]
-
-
-class TimeDensity(ABC):
-    """A distribution of times in [0, 1]."""
-
-    def sample(
-        self,
-        n: int,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """n independent times: (n,), float32, on `device` (default: the generator's)."""
-        if device is None and generator is not None:
-            device = generator.device
-        return self.quantile(torch.rand(n, generator=generator, device=device, dtype=torch.float32))
-
-    def pdf(self, t: float | Tensor) -> Tensor:
-        """Density at t, in t's shape; 0 outside [0, 1].  Floats are taken as float64."""
-        t = _tensor(t)
-        inside = (t >= 0) & (t <= 1)
-        return torch.where(inside, self._pdf(t.clamp(0, 1)), torch.zeros_like(t))
-
-    def cdf(self, t: float | Tensor) -> Tensor:
-        """Probability of a time <= t, in t's shape.  Floats are taken as float64."""
-        return self._cdf(_tensor(t).clamp(0, 1))
-
-    @abstractmethod
-    def quantile(self, u: Tensor) -> Tensor:
-        """The time that a share u in [0, 1] of the draws stays below, in u's shape and dtype."""
-
-    @abstractmethod
-    def _pdf(self, t: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def _cdf(self, t: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Uniform(TimeDensity):
-    """All times alike (Liu et al., 2022, arXiv:2209.03003)."""
-
-    def quantile(self, u: Tensor) -> Tensor:
-        return u
-
-    def _pdf(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
-    def _cdf(self, t: Tensor) -> Tensor:
-        return t
 
 
 class _NormalLogit(TimeDensity):
@@ -132,6 +86,7 @@ class EDM(_NormalLogit):
 _UNIFORM_BELOW = 1e-6  # UShaped(a) differs from uniform by a^2 / 12 at most
 _LOGARITHMS_FROM = 40.0  # sinh(a / 2) leaves float32 at a = 178
 _MARGIN = 1e-5  # rfpp's distance of draws from both ends
+_BISECTIONS = 55  # to the last bit of a float64 in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -218,68 +173,55 @@ class Constant(TimeDensity):
         return (t >= self.t).to(t.dtype)
 
 
-class Curriculum(TimeDensity):
-    """Easy times first (Kim et al., 2024, arXiv:2403.10348): stage n of N draws from the noisiest
-    n/N of `base`, and stage N from all of it.
+@dataclass(frozen=True)
+class Mode(TimeDensity):
+    """The time of share u is u + scale (cos^2(pi u / 2) - 1 + u): the middle more often for scale
+    > 0, both ends for < 0, uniform at 0 (Esser et al., 2024, arXiv:2403.03206, eq. 20).
 
-    base: its mass is cut into num_stages equal parts from t = 0 on.  A stage ends when the loss
-    has not beaten its best in more than `patience` updates in a row; the first loss of a stage
-    sets the mark.  Give update() a loss whose weight does not depend on t.
+    scale: in [-1, 2 / (pi - 2) = 1.75], where time grows with the share; elsewhere it has no
+    density.  The cdf, the inverse of a transcendental function, is found by bisection.
     """
 
-    def __init__(
-        self, base: TimeDensity | None = None, *, num_stages: int = 20, patience: int = 200
-    ) -> None:
-        if num_stages < 1 or patience < 0:
+    scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise FlowkitError(
-                f"num_stages must be >= 1 and patience >= 0, got {num_stages} and {patience}"
+                f"scale must lie in [-1, 2 / (pi - 2) = 1.7519], got {self.scale}; "
+                "beyond it times of a mode density fall again"
             )
-        self.base, self.num_stages, self.patience = base or Uniform(), num_stages, patience
-        self.stage, self.best, self.stalled = 1, math.inf, 0
-
-    @property
-    def share(self) -> float:
-        """How much of the base's mass the stage draws from."""
-        return self.stage / self.num_stages
-
-    def update(self, loss: float | Tensor) -> bool:
-        """Tell the loss of a step; returns whether the next stage begins."""
-        if self.stage == self.num_stages:
-            return False
-        loss = float(loss)
-        if loss < self.best:
-            self.best, self.stalled = loss, 0
-        else:
-            self.stalled += 1
-        advance = self.stalled > self.patience
-        if advance:
-            self.stage, self.best, self.stalled = self.stage + 1, math.inf, 0
-        return advance
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able position in the curriculum."""
-        best = None if self.best == math.inf else self.best
-        return {"stage": self.stage, "best": best, "stalled": self.stalled}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the position of state_dict()."""
-        if not 1 <= state["stage"] <= self.num_stages:
-            raise FlowkitError(
-                f"the state is of stage {state['stage']}, this curriculum has {self.num_stages}; "
-                "use the num_stages it was saved with"
-            )
-        self.stage, self.stalled = state["stage"], state["stalled"]
-        self.best = math.inf if state["best"] is None else state["best"]
 
     def quantile(self, u: Tensor) -> Tensor:
-        return self.base.quantile(u * self.share)
+        # cos^2 - 1 is -sin^2, which leaves both ends exact
+        return u + self.scale * (u - torch.sin(0.5 * math.pi * u).square())
 
     def _pdf(self, t: Tensor) -> Tensor:
-        inside = self.base.cdf(t) <= self.share
-        return torch.where(inside, self.base.pdf(t) / self.share, torch.zeros_like(t))
+        u = self._cdf(t)
+        return 1 / (1 + self.scale * (1 - 0.5 * math.pi * torch.sin(math.pi * u)))
 
     def _cdf(self, t: Tensor) -> Tensor:
-        return (self.base.cdf(t) / self.share).clamp(max=1)
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (low + high)
+            below = self.quantile(middle) < t
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return high
+
+
+@dataclass(frozen=True)
+class CosMap(TimeDensity):
+    """p(t) = 2 / (pi (1 - 2t + 2t^2)): the noise levels of the cosine schedule (Nichol & Dhariwal,
+    2021, arXiv:2102.09672) at its uniform times (Esser et al., 2024, arXiv:2403.03206, eq. 21)."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        signal, noise = (torch.sin(0.5 * math.pi * share) for share in (u, 1 - u))
+        return signal / (signal + noise)
+
+    def _pdf(self, t: Tensor) -> Tensor:
+        return 2 / (math.pi * (t.square() + (1 - t).square()))
+
+    def _cdf(self, t: Tensor) -> Tensor:
+        return torch.atan2(t, 1 - t) * (2 / math.pi)
 
 
 _DENSITIES: dict[str, type[TimeDensity]] = {
@@ -289,11 +231,15 @@ _DENSITIES: dict[str, type[TimeDensity]] = {
     "edm": EDM,
     "shifted": Shifted,
     "constant": Constant,
+    "mode": Mode,
+    "cosmap": CosMap,
+    "curriculum": Curriculum,
 }
 
 
 def density(name: str, **options: Any) -> TimeDensity:
-    """A density by its name in a configuration; `base` of "shifted" is {"name": ..., **options}.
+    """A density by its name in a configuration; `base` (of "shifted", "curriculum") is
+    {"name": ..., **options}.
 
     Raises FlowkitError for an unknown name or option.
     """
@@ -302,10 +248,6 @@ def density(name: str, **options: Any) -> TimeDensity:
     if isinstance(base := options.get("base"), Mapping):
         options["base"] = density(**base)
     return cls(**options)
-
-
-def _tensor(t: float | Tensor) -> Tensor:
-    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
 def _check_positive(name: str, value: float) -> None:

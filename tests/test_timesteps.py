@@ -9,14 +9,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import integrate, stats
 
 from flowkit.errors import FlowkitError
 from flowkit.samplers.timesteps import (
     EDM,
     Constant,
+    CosMap,
     Curriculum,
     LogitNormal,
+    Mode,
     Shifted,
     TimeDensity,
     Uniform,
@@ -25,9 +28,9 @@ from flowkit.samplers.timesteps import (
 )
 
 
-def _curriculum(stage: int) -> Curriculum:
-    curriculum = Curriculum(LogitNormal(0.3, 0.8), num_stages=5)
-    curriculum.load_state_dict({"stage": stage, "best": None, "stalled": 0})
+def _curriculum(stage: int, clusters: str = "mass") -> Curriculum:
+    curriculum = Curriculum(LogitNormal(0.3, 0.8), num_stages=5, clusters=clusters)
+    curriculum.load_state_dict({**curriculum.state_dict(), "stage": stage})
     return curriculum
 
 
@@ -45,8 +48,14 @@ SPREAD = [
     Shifted(shift=3.0),
     Shifted(LogitNormal(), 0.5),
     Shifted(UShaped(2.0), 1.7),
+    Mode(),
+    Mode(0.0),
+    Mode(1.7),
+    Mode(-0.9),
+    CosMap(),
     _curriculum(2),
     _curriculum(5),
+    _curriculum(2, "time"),
 ]
 ids = [str(i) + type(d).__name__ for i, d in enumerate(SPREAD)]
 every = pytest.mark.parametrize("times", SPREAD, ids=ids)
@@ -66,7 +75,7 @@ def test_pdf_integrates_to_one(times: TimeDensity) -> None:
     ends = np.unique([0.0, *times.quantile(torch.linspace(0, 1, 33).double()).tolist(), 1.0])
     ends = ends.clip(0, 1)
     mass = sum(
-        integrate.quad(lambda t: float(times.pdf(t)), a, b, epsabs=1e-13)[0]
+        integrate.fixed_quad(lambda t: times.pdf(torch.from_numpy(t)).numpy(), a, b, n=80)[0]
         for a, b in zip(ends[:-1], ends[1:], strict=True)
     )
     assert mass == pytest.approx(1.0, abs=1e-9)
@@ -183,6 +192,51 @@ def test_shifts_compose() -> None:
     assert float(Shifted(shift=3.0).quantile(torch.tensor(0.5))) == pytest.approx(0.25)
 
 
+class TestMode:
+    def test_published_value_and_symmetry(self) -> None:
+        """In the noise's time f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u), f(0.25) = 0.6164."""
+        u = torch.linspace(0, 1, 41).double()
+        f = 1 - u - 1.29 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        assert float(f[10]) == pytest.approx(0.6164161, abs=1e-7)
+        torch.testing.assert_close(Mode(1.29).quantile(u), 1 - f, rtol=0, atol=1e-15)
+        torch.testing.assert_close(Mode(1.29).quantile(1 - u), f, rtol=0, atol=1e-15)
+
+    @pytest.mark.parametrize("scale", [-1.0, -0.3, 1.29, 2 / (math.pi - 2)])
+    def test_is_monotone_up_to_the_limits(self, scale: float) -> None:
+        times = Mode(scale).quantile(torch.linspace(0, 1, 100_001).double())
+        assert (times.diff() > 0).all()
+        assert times[0] == 0 and times[-1] == 1
+
+    @pytest.mark.parametrize("scale", [-1.001, 1.752, math.nan])
+    def test_is_refused_beyond(self, scale: float) -> None:
+        with pytest.raises(FlowkitError, match=r"scale must lie in \[-1, 2 / \(pi - 2\)"):
+            Mode(scale)
+
+    def test_is_diffusers(self) -> None:
+        """Their u indexes falling timesteps: it runs as our t does."""
+        theirs = compute_density_for_timestep_sampling(
+            "mode", 20_000, mode_scale=1.29, generator=torch.Generator().manual_seed(0)
+        )
+        ours = Mode(1.29).sample(20_000, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(ours, 1 - theirs, rtol=0, atol=1e-6)
+
+    def test_leans_as_its_sign_says(self) -> None:
+        assert Mode(1.0).pdf(0.5) > 1 > Mode(1.0).pdf(0.01)
+        assert Mode(-0.5).pdf(0.5) < 1 < Mode(-0.5).pdf(0.01)
+
+
+def test_cosmap_values() -> None:
+    assert float(CosMap().quantile(torch.tensor(0.25).double())) == pytest.approx(
+        0.2928932, abs=1e-7
+    )
+    u = torch.linspace(0.01, 0.99, 50).double()
+    expected = 1 - 1 / (torch.tan(math.pi * u / 2) + 1)
+    torch.testing.assert_close(CosMap().quantile(u), expected, rtol=0, atol=1e-14)
+    assert float(CosMap().pdf(0.5)) == pytest.approx(4 / math.pi)
+    for dtype in (torch.float32, torch.float64):
+        assert CosMap().quantile(torch.tensor([0, 1], dtype=dtype)).tolist() == [0, 1]
+
+
 def test_constant() -> None:
     times = Constant(0.0)
     assert times.sample(5).tolist() == [0.0] * 5
@@ -192,9 +246,10 @@ def test_constant() -> None:
 
 
 class TestCurriculum:
-    def test_the_last_stage_is_the_base(self) -> None:
-        for base in (Uniform(), LogitNormal(0.2, 1.1), UShaped()):
-            curriculum = Curriculum(base, num_stages=3, patience=0)
+    @pytest.mark.parametrize("clusters", ["mass", "time"])
+    def test_the_last_stage_is_the_base(self, clusters: str) -> None:
+        for base in (Uniform(), LogitNormal(0.2, 1.1), UShaped(), Mode()):
+            curriculum = Curriculum(base, num_stages=3, patience=0, clusters=clusters)
             while curriculum.stage < 3:
                 curriculum.update(1.0)
             ours, theirs = (
@@ -212,8 +267,19 @@ class TestCurriculum:
             assert stage / 4 - 1e-3 < draws.max() <= stage / 4
             curriculum.update(1.0), curriculum.update(1.0)
 
-    def test_a_constant_loss_advances(self) -> None:
-        curriculum = Curriculum(num_stages=3, patience=4)
+    def test_clusters_are_quantiles_of_the_noise_level_or_lengths_of_time(self) -> None:
+        base = LogitNormal(0.4)
+        for clusters, last in (("mass", float(base.quantile(torch.tensor(0.3)))), ("time", 0.3)):
+            curriculum = Curriculum(base, num_stages=10, clusters=clusters)
+            curriculum.load_state_dict({**curriculum.state_dict(), "stage": 3})
+            draws = curriculum.sample(20_000, generator=torch.Generator().manual_seed(0))
+            assert draws.max() == pytest.approx(last, abs=1e-4)
+            levels = torch.logit(draws.double())  # half of log SNR: its order is that of t
+            assert levels.max() <= math.log(last / (1 - last)) + 1e-6
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.9, 0.99])
+    def test_a_constant_loss_advances(self, smoothing: float) -> None:
+        curriculum = Curriculum(num_stages=3, patience=4, smoothing=smoothing)
         curriculum.update(1.0)  # sets the mark
         advanced = [curriculum.update(1.0) for _ in range(5)]
         assert advanced == [False] * 4 + [True]
@@ -222,8 +288,9 @@ class TestCurriculum:
         assert not any(curriculum.update(2.0) for _ in range(5))
         assert curriculum.update(2.0) and curriculum.stage == 3
 
-    def test_a_falling_loss_never_advances(self) -> None:
-        curriculum = Curriculum(num_stages=3, patience=0)
+    @pytest.mark.parametrize("smoothing", [0.0, 0.9, 0.99])
+    def test_a_falling_loss_never_advances(self, smoothing: float) -> None:
+        curriculum = Curriculum(num_stages=3, patience=0, smoothing=smoothing)
         assert not any(curriculum.update(1 / k) for k in range(1, 500))
         assert curriculum.stage == 1
 
@@ -232,6 +299,23 @@ class TestCurriculum:
         losses = [1.0, 1.0, 1.0, 0.5, 1.0, 1.0]
         assert not any(curriculum.update(loss) for loss in losses)
         assert curriculum.update(torch.tensor(1.0))
+
+    def test_patience_outlasts_the_noise_of_mini_batches(self) -> None:
+        """On (1 + e^(-k/1000)) / 2, which at k = 2,000 is within 14 % of its end."""
+        ends: dict[float, list[int]] = {0.0: [], 0.99: []}
+        for smoothing, found in ends.items():
+            for seed in range(9):
+                noise = 0.05 * torch.randn(9_000, generator=torch.Generator().manual_seed(seed))
+                curriculum = Curriculum(num_stages=2, smoothing=smoothing)
+                losses = ((1 + math.exp(-k / 1000)) / 2 + e for k, e in enumerate(noise.tolist()))
+                found.append(next(k for k, loss in enumerate(losses) if curriculum.update(loss)))
+        assert np.median(ends[0.0]) < 1_500 < 2_000 < min(ends[0.99])
+        assert max(ends[0.99]) < 5_000
+
+    def test_a_lucky_first_loss_does_not_set_the_mark(self) -> None:
+        curriculum = Curriculum(num_stages=2, patience=200)
+        losses = [0.5, *(1 - 1e-4 * k for k in range(2_000))]
+        assert not any(curriculum.update(loss) for loss in losses)
 
     def test_a_loss_that_is_not_a_number_is_no_gain(self) -> None:
         curriculum = Curriculum(num_stages=2, patience=1)
@@ -261,6 +345,19 @@ class TestCurriculum:
         with pytest.raises(FlowkitError, match="of stage 7, this curriculum has 3"):
             Curriculum(num_stages=3).load_state_dict({"stage": 7, "best": None, "stalled": 0})
 
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"num_stages": 0}, "got 0, 200 and 0.99"),
+            ({"patience": -1}, "patience >= 0"),
+            ({"smoothing": 1.0}, "0 <= smoothing < 1"),
+            ({"clusters": "snr"}, "clusters must be 'mass' or 'time', got 'snr'"),
+        ],
+    )
+    def test_bad_options(self, options: dict, message: str) -> None:
+        with pytest.raises(FlowkitError, match=message):
+            Curriculum(**options)
+
 
 def test_names() -> None:
     assert density("uniform") == Uniform()
@@ -268,8 +365,13 @@ def test_names() -> None:
     assert density("u_shaped", a=2.0) == UShaped(2.0)
     assert density("edm") == EDM()
     assert density("constant", t=0.0) == Constant(0.0)
+    assert density("mode", scale=0.5) == Mode(0.5)
+    assert density("cosmap") == CosMap()
     nested = density("shifted", base={"name": "logit_normal", "std": 2.0}, shift=3.0)
     assert nested == Shifted(LogitNormal(0.0, 2.0), 3.0)
+    curriculum = density("curriculum", base={"name": "logit_normal", "std": 2.0}, num_stages=7)
+    assert isinstance(curriculum, Curriculum)
+    assert curriculum.base == LogitNormal(0.0, 2.0) and curriculum.num_stages == 7
 
 
 @pytest.mark.parametrize(

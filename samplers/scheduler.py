@@ -1,0 +1,312 @@
+"""Any solver as a diffusers scheduler: the very generator of the plain loop, driven by a pipeline.
+
+    pipe.scheduler = RFSolverScheduler.from_config(pipe.scheduler.config)
+
+A pipeline evaluates its network between two calls of step(), so step() is a reply to the solver's
+last request, and what it returns is the next one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from flowkit.adapters import alphas_cumprod
+from flowkit.errors import FlowkitError
+from flowkit.pipelines import FlowLatents, VPLatents
+from flowkit.registry import look_up
+from flowkit.samplers.evaluations import Solver
+from flowkit.samplers.pipeline_grids import flow_times, vp_times
+from flowkit.samplers.pipeline_run import PipelineRun
+from flowkit.samplers.solve import (
+    DEFAULT_SOLVER,
+    SOLVERS,
+    evaluation_times,
+    find_solver,
+    is_adaptive,
+)
+from flowkit.velocity import expand_to
+
+__all__ = ["FlowScheduler"]
+
+
+_SAME = 1e-3  # timesteps nearer than this are one, written in another precision
+
+
+class FlowScheduler(SchedulerMixin, ConfigMixin):
+    """A scheduler around a solver, for flow and for VP (epsilon, v_prediction, sample) pipelines.
+
+    solver: a name in flowkit.samplers.solve.SOLVERS that chooses its evaluations beforehand.
+    solver_options: its keyword options.  invert: run from the pictures (given as `latents`) to
+    the noise.  sigmas_are_final: sigmas that a pipeline passes are kept as they are, unshifted.
+    grid_power: where a pipeline passes no sigmas, sigma = (1 - i/N)^grid_power before the shift;
+    1 is uniform, 1.5 suits the default solver at few steps.  prediction_type: None or
+    "flow_prediction" for flow models, else what the network of a VP path predicts.
+    The rest has diffusers' names and meaning.  A VP grid always ends on the data; `clip_sample`
+    and `thresholding` do not apply to an ODE.
+    Latents keep the pipeline's dtype, the solver's state is float32 (float64 in float64).
+    `state` is what the solver left for running back; set `initial_state` to start from one.
+    Raises FlowkitError for a solver or option that is unknown, an adaptive solver, a prediction
+    type or a noise schedule that has no path here.
+    """
+
+    # Whose options a config may hold besides ours: they stay in it and do not warn.
+    _compatibles = [
+        *(kind.name for kind in KarrasDiffusionSchedulers),
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+    ]
+    fixed_solver: str | None = None  # of a named class
+    init_noise_sigma = 1.0  # pipelines of VP models multiply their noise by it
+
+    @register_to_config
+    def __init__(
+        self,
+        solver: str | None = None,
+        solver_options: dict[str, Any] | None = None,
+        invert: bool = False,
+        sigmas_are_final: bool = False,
+        grid_power: float = 1.0,
+        num_train_timesteps: int = 1000,
+        prediction_type: str | None = None,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        invert_sigmas: bool = False,
+    ) -> None:
+        if self.fixed_solver and solver not in (None, self.fixed_solver):
+            raise FlowkitError(
+                f"{type(self).__name__} runs {self.fixed_solver!r}, got solver={solver!r}; "
+                "use FlowScheduler for a solver by name"
+            )
+        solver = self.fixed_solver or solver or DEFAULT_SOLVER
+        self.register_to_config(solver=solver)
+        self.latents = self._find_latents()
+        self._generator: Any = None  # of the step under way
+        self._solver, self._options = self._find_solver(solver, dict(solver_options or {}))
+        self.order = self._evaluations_per_step()
+        self.num_inference_steps: int | None = None
+        self.timesteps = self.sigmas = torch.empty(0)
+        self.initial_state: Any = None  # of the next run
+        self._run: PipelineRun | None = None
+        self._begin_index: int | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The scheduler that samples what the scheduler of `config` samples.
+
+        config: of any FlowMatch, DPM-Solver, UniPC, DDIM, ... scheduler, in memory or loaded.
+        kwargs: options of this class, which come before the config's.
+        """
+        if isinstance(config, Mapping):
+            config = cls._completed(dict(config), kwargs)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _completed(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The config with what its own class takes for granted, without another solver's part."""
+        config.pop("_use_default_values", None)
+        origin = getattr(diffusers, str(config.get("_class_name")), None)
+        if inspect.isclass(origin):
+            parameters = inspect.signature(origin.__init__).parameters.values()
+            config = {p.name: p.default for p in parameters if p.default is not p.empty} | config
+        if "sigma_data" in config or config.get("timestep_type") == "continuous":
+            raise FlowkitError(
+                f"{config.get('_class_name', 'the scheduler')} is of a network on EDM's path, "
+                "which this scheduler does not drive; use flowkit.samplers.sample with "
+                "flowkit.adapters.from_diffusers"
+            )
+        solver = config.get("solver")
+        if solver != (cls.fixed_solver or kwargs.get("solver", solver)):
+            config.pop("solver", None)
+            config.pop("solver_options", None)
+        return config
+
+    def _find_latents(self) -> FlowLatents | VPLatents:
+        config: Any = self.config
+        flow = config.use_flow_sigmas or config.prediction_type in (None, "flow_prediction")
+        unsupported = ["use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"]
+        for name in [*unsupported, *(["use_karras_sigmas"] if flow else [])]:
+            if config[name]:
+                raise FlowkitError(
+                    f"{name}=True is not supported here; make the scheduler with {name}=False and "
+                    "give the pipeline sigmas of flowkit.samplers.grids"
+                )
+        if flow:
+            return FlowLatents(config.num_train_timesteps)
+        return VPLatents(alphas_cumprod(config), config.prediction_type)
+
+    def _find_solver(self, name: str, options: dict[str, Any]) -> tuple[Solver, dict[str, Any]]:
+        """The solver, and its options with those that only a scheduler can know."""
+        parameters = inspect.signature(look_up("solver", name, SOLVERS)).parameters
+        if "path" in parameters:
+            options = {"path": self.latents.path} | options
+        if "draw" in parameters:
+            options["draw"] = self._draw
+        solver = find_solver(name, options)
+        if is_adaptive(solver):
+            raise FlowkitError(
+                f"solver {name!r} chooses its steps as it goes, which a pipeline cannot follow; "
+                "use it in flowkit.samplers.sample, or another solver here"
+            )
+        return solver, options
+
+    def _evaluations_per_step(self) -> int:
+        grid = [0.1 + 0.08 * i for i in range(11)]
+        return round(len(evaluation_times(self._solver, grid, **self._options)) / 10)
+
+    @property
+    def step_index(self) -> int | None:
+        """How many of the timesteps lie behind, None before the first step."""
+        return self._run.index if self._run else None
+
+    @property
+    def begin_index(self) -> int | None:
+        """The timestep to begin at, as a pipeline set it."""
+        return self._begin_index
+
+    @property
+    def state(self) -> Any:
+        """What the solver left at the end of the run, None before: see flowkit.samplers.Result."""
+        return self._run.state if self._run else None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin the run at timesteps[begin_index], as image-to-image does."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the grid of the next run; `timesteps` is then where the network is evaluated.
+
+        num_inference_steps: steps of the solver; a step has `order` timesteps.  sigmas: unshifted,
+        falling, without the final 0 (flow models); noise-to-signal ratios (VP models).  mu: of the
+        dynamic shift.  timesteps: what the network is to see at the beginning of each step.
+        """
+        if sigmas is not None and timesteps is not None:
+            raise FlowkitError("set_timesteps() takes sigmas or timesteps, got both")
+        if isinstance(self.latents, FlowLatents):
+            asked = num_inference_steps, sigmas, mu, timesteps
+            grid = flow_times(self.latents, self.config, *asked)
+        else:
+            grid = vp_times(self.latents, self.config, num_inference_steps, sigmas, timesteps)
+        state, self.initial_state = self.initial_state, None
+        options = self._options if state is None else self._options | {"state": state}
+        if self.config["invert"]:
+            grid.reverse()
+        self._run = PipelineRun(self._solver, options, grid, self.latents)
+        self._begin_index = None
+        # A pipeline that gives sigmas counts timesteps as steps, and slices them by that count.
+        self.order = 1 if sigmas is not None else self._evaluations_per_step()
+        self.num_inference_steps = len(grid) - 1
+        self.timesteps = torch.tensor(self._run.timesteps, dtype=torch.float32, device=device)
+        times = torch.tensor([*self._run.times, grid[-1]], dtype=torch.float64)
+        self.sigmas = self.latents.sigma(times).to(torch.float32)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself: latents are what the network sees."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Pictures (B, *) with the noise of `timesteps` (B,) in them."""
+        steps = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").reshape(-1)
+        alpha, sigma = self.latents.mixture(self.latents.time(steps))
+        x = original_samples
+        return expand_to(alpha, x) * x + expand_to(sigma, x) * noise.to(x)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """`add_noise`, as pipelines of flow models call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Answer the solver with the network's output at `sample`, and return its next request.
+
+        model_output, sample: (B, *); a learned variance behind the output is dropped.
+        timestep: the one that comes next.  generator: for the noise of a stochastic solver.
+        Raises FlowkitError for another timestep than the next, and for another shape.
+        """
+        run = self._run
+        if run is None or run.ended:
+            raise FlowkitError(
+                "step() was called before set_timesteps(), or after the last timestep; "
+                "set_timesteps() begins a run"
+            )
+        if run.index is None:
+            run.begin(self._first_index(timestep), sample)
+            self._shape = sample.shape
+        self._check_timestep(timestep, run.index or 0)
+        if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
+        if not model_output.shape == sample.shape == self._shape:
+            raise FlowkitError(
+                f"step() got a model output of shape {tuple(model_output.shape)} and a sample of "
+                f"{tuple(sample.shape)}; both must have the shape that the run began with, "
+                f"{tuple(self._shape)}"
+            )
+        self._generator = generator
+        previous = run.reply(model_output, sample)
+        return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    def _first_index(self, timestep: float | Tensor) -> int:
+        """Where to begin: where the pipeline said, else at the timestep it comes with."""
+        if self._begin_index is not None:
+            return self._begin_index
+        wanted = float(torch.as_tensor(timestep).reshape(-1)[0])
+        own = self._run.timesteps if self._run else []
+        return next((i for i, known in enumerate(own) if abs(known - wanted) < _SAME), 0)
+
+    def _check_timestep(self, timestep: float | Tensor, index: int) -> None:
+        if isinstance(timestep, Tensor):
+            # A view of ours, as pipelines pass it, is known without waiting for the device.
+            if timestep.data_ptr() == self.timesteps[index].data_ptr():
+                return
+            timestep = float(timestep.reshape(-1)[0])
+        expected = float(self._run.timesteps[index]) if self._run else math.nan
+        if not abs(timestep - expected) < _SAME:
+            raise FlowkitError(
+                f"step() got timestep {timestep:g} where {expected:g} comes next; pass the "
+                "timesteps in order, or call set_timesteps() to begin anew"
+            )
+
+    def _draw(self, x: Tensor, k: int) -> Tensor:
+        return randn_tensor(x.shape, generator=self._generator, device=x.device, dtype=x.dtype)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
