@@ -3,7 +3,8 @@
     x_s = x_t + (s - t) v_t + sum_{j >= 1} w_j (D_j - D_0),   w_j = (1 - s) int L_j d(e^lambda)
 
 which flowkit/samplers/exponential.py derives.  lambda is infinite at t = 0 and t = 1: a step that
-starts or ends there is Euler's, and no polynomial goes through what was predicted there.
+starts or ends there is Euler's, and no polynomial goes through what was predicted there.  The
+orders hold inside (0, 1); from 0 to 1 some steps in lambda stay long, and in the end 2 is the most.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def dpmpp_2m(x: Tensor, times: Sequence[float], *, variant: str = "midpoint") ->
 
 
 def dpmpp_3m(x: Tensor, times: Sequence[float]) -> Evaluations:
-    """DPM-Solver++(3M): order 3, 1 NFE per step, with the exact weights.
+    """DPM-Solver++(3M): order 3 after its first two steps, 1 NFE per step, with the exact weights.
 
     It is UniPC's predictor of order 3.  The authors' code, and diffusers after it, takes half of
     the second derivative, which leaves order 2.

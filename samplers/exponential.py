@@ -67,9 +67,10 @@ def deis(
     method: "tab", a polynomial in t (for the velocity Adams-Bashforth on any grid); "rhoab", a
     polynomial in rho = (1 - t) / t; "ipndm", Adams-Bashforth's weights for even steps on whatever
     grid (Liu et al., 2022, arXiv:2202.09778); "rhork", Runge-Kutta in rho.
-    order: 1 to 4 at 1 NFE per step, after as many lower steps as it needs; the polynomial has one
-    degree less.  "rhork" takes 1 to 4 NFE per step, but 1 (Euler's) for a step from or to t = 0,
-    where rho is infinite; for it order 3 is Kutta's rule, and a name in TABLEAUS any rule.
+    order: 1 to 4 at 1 NFE per step; the polynomial has one degree less, lower still in the first
+    steps, of which Euler's in the end leaves order 2 to the whole run.  "rhork" takes 1 to 4 NFE
+    per step, but 1 (Euler's) for a step from or to t = 0, where rho is infinite; for it order 3
+    is Kutta's rule, and a name in TABLEAUS any rule.
     quantity: what "tab" interpolates: "velocity" (if left out), "noise" or "data".  "ipndm" takes
     the velocity, "rhoab" and "rhork" the noise.
     Raises FlowkitError for an unknown method, order or quantity.

@@ -90,21 +90,18 @@ def edm_heun(
         )
     draw = draw or per_sample()
     raised = 1 + min(s_churn / (len(times) - 1), math.sqrt(2) - 1)
-
-    def churned(t: float) -> bool:
-        return raised > 1 and 0 < t < 1 and s_min <= (1 - t) / t <= s_max
-
+    churned = {t for t in times if s_churn and 0 < t < 1 and s_min <= (1 - t) / t <= s_max}
     for k, (t, s) in enumerate(pairwise(times)):
-        if churned(t):
+        if t in churned:
             sigma = (1 - t) / t
             t_hat = 1 / (1 + raised * sigma)
-            spread = s_noise * sigma * math.sqrt(raised * raised - 1)
+            spread = s_noise * sigma * math.sqrt(raised**2 - 1)
             t, x = t_hat, t_hat * (x / t + spread * draw(x, k))
         x, v = yield x, t
         x_s = x + (s - t) * v
         if 0 < min(t, s) and max(t, s) < 1:
             # Where the next step begins elsewhere, this stage must not pass for the state at s.
-            _, v_s = yield x_s, math.nextafter(s, t) if churned(s) else s
+            _, v_s = yield x_s, math.nextafter(s, t) if s in churned else s
             x_s = x_s + 0.5 * (1 - s / t) * ((x_s - s * v_s) - (x - t * v))
         x = x_s
     return x

@@ -60,7 +60,7 @@ class TestOrders:
             found = sample(MIXTURE, start, interval(n), solver, **options).x
             return (found - solution).abs().max().item()
 
-        return orders([error(n) for n in (40, 80, 160)])
+        return orders([error(n) for n in (80, 160, 320)])
 
     @pytest.mark.parametrize("variant", ["midpoint", "taylor"])
     def test_2m(self, variant: str, start: Tensor, solution: Tensor) -> None:

@@ -106,6 +106,7 @@ class TestEdmHeun:
         torch.testing.assert_close(found.x, direct, rtol=0, atol=1e-11)
         assert found.nfe == 35
 
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
     def test_is_diffusers_heun_in_sigma(self, start: Tensor) -> None:
         scheduler = HeunDiscreteScheduler(use_karras_sigmas=True, timestep_spacing="trailing")
         scheduler.set_timesteps(10)
@@ -113,7 +114,7 @@ class TestEdmHeun:
         sigmas = [scheduler.sigmas[0].item(), *scheduler.sigmas[1:-1:2].tolist(), 0.0]
         times = [1 / (1 + sigma) for sigma in sigmas]
         z = start / times[0]
-        for step, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=True):
+        for step, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
             t = 1 / (1 + sigma.item())
             epsilon = z * t - t * A(z * t, t)
             z = scheduler.step(epsilon, step, z).prev_sample
@@ -140,7 +141,7 @@ class TestEdmHeun:
         assert gap(data.x, field.flow(start, 0.0, 1.0)) < 2e-3
         back = invert(field, data.x, times, edm_heun)
         assert (back.nfe, back.x.dtype) == (2 * 50 - 2, dtype)
-        assert gap(back.x, start) < 5e-3
+        assert gap(back.x, start) < 1e-2
 
     def test_one_and_two_steps_from_zero_are_euler_s(self, start: Tensor) -> None:
         for n in (1, 2):
@@ -178,17 +179,15 @@ class TestEdmHeun:
         for options, boundaries in (
             ({}, times),
             ({"s_churn": 3.0}, times[-1:]),
-            ({"s_churn": 3.0, "s_max": 1.0}, [t for t in times if t < 0.5 or t == 1]),
+            ({"s_churn": 3.0, "s_max": 1.0}, [*times[:3], times[-1]]),  # sigma above 1
         ):
             steps: list[Step] = []
             start = torch.ones(2)
             end = sample(A, start, times, edm_heun, callback=steps.append, **options).x
             assert [step.t for step in steps] == boundaries
             assert torch.equal(steps[-1].x, end)
-            if len(steps) > 2:
-                shorter = sample(A, start, times[:3], edm_heun, **options).x
-                if not options:
-                    assert torch.equal(steps[2].x, shorter)
+            if len(steps) > 1:
+                assert torch.equal(steps[2].x, sample(A, start, times[:3], edm_heun).x)
 
     def test_an_edit_at_a_boundary_is_kept(self) -> None:
         def hold(step: Step) -> Tensor:
@@ -241,7 +240,7 @@ class TestSde:
             ({}, 0.0),
             ({"diffusion_norm": 0.3}, 0.0),
             ({"diffusion_norm": 4.0}, 0.0),
-            ({"diffusion": lambda t: (1 - t) / t}, 0.1),
+            ({"diffusion": lambda t: (1 - t) / t}, 0.5),
             ({"diffusion": lambda t: math.sin(math.pi * t) ** 2}, 0.0),
         ],
     )
@@ -255,7 +254,7 @@ class TestSde:
         assert all(0.85 <= order <= 1.2 for order in orders(errors)), orders(errors)
 
     def test_samples_a_mixture(self) -> None:
-        noise = keyed_noise(0, range(4000), (1,)).double()
+        noise = keyed_noise(0, range(400), (10,)).double()
         x = sample(A, noise, grids.uniform(60), sde).x
         assert x.mean().item() == pytest.approx(0.06, abs=0.045)  # 3.5 standard errors
         assert (x > 0).double().mean().item() == pytest.approx(0.6, abs=0.03)
@@ -295,7 +294,7 @@ class TestSde:
         [
             ({"diffusion_norm": -1.0}, "finite and >= 0, got -1.0 at t=0"),
             ({"diffusion_norm": math.nan}, "finite and >= 0, got nan"),
-            ({"diffusion": lambda t: 0.4 - t}, r"finite and >= 0, got -0.1.* at t=0.5"),
+            ({"diffusion": lambda t: 0.25 - t}, r"finite and >= 0, got -0.25 at t=0.5"),
             ({"diffusion": lambda t: math.inf}, "got inf at t=0"),
         ],
     )

@@ -11,8 +11,7 @@ from flowkit.coupling import Coupling, Mixed, Paired
 from flowkit.errors import FlowkitError
 from flowkit.noise import derive_seed
 from flowkit.pairs import PairStore
-from flowkit.registry import look_up
-from flowkit.samplers.solve import SOLVERS
+from flowkit.samplers.solve import STOCHASTIC, find_solver
 from flowkit.trainers.compare import Comparison
 from flowkit.trainers.loop import set_dropout
 from flowkit.trainers.pairing import generate_pairs, invert_pictures, null_class
@@ -72,7 +71,12 @@ def _check(run: Run, config: ReflowConfig) -> None:
         )
     if pairs.guidance_scale != 1 and run.num_classes is None:
         raise FlowkitError("pairs.guidance_scale needs class labels; set data.conditional=true")
-    look_up("solver", pairs.solver, SOLVERS)
+    find_solver(pairs.solver, {})
+    if pairs.solver in STOCHASTIC:
+        raise FlowkitError(
+            f"pairs.solver={pairs.solver} draws noise of its own, so its ends are no pairs; "
+            "use a solver of the flow, such as heun, ab2 or dopri5"
+        )
     nets = [config.net] if config.teacher == "train" else []
     built = [run.build(net) for net in (*nets, config.student_net) if net is not None]
     if pairs.real_share == 1:
