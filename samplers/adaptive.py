@@ -63,16 +63,16 @@ def dopri5(
     for t, end in pairwise(times):
         while t != end:
             _check_budget(spent := spent + 6, max_evaluations, t)
-            s = end if abs(end - t) <= 1.01 * h else t + math.copysign(h, end - t)
+            landing = abs(end - t) <= 1.01 * h
+            s = end if landing else t + math.copysign(h, end - t)
             x_s, v_s, error = yield from _tried(x, v, t, s)
             ratio = _norm(error / (atol + rtol * torch.maximum(x.abs(), x_s.abs())))
-            taken = abs(s - t)
             if ratio <= 1:  # false for NaN too
-                # A step that the grid cut short says nothing against the longer one.
-                h = max(taken * _growth(ratio, before), h if taken < h else 0.0)
+                grown = abs(s - t) * _growth(ratio, before)
+                h = max(grown, h) if landing else grown  # the grid has cut it short, not the error
                 x, v, t, before = x_s, v_s, s, ratio
             else:
-                h = taken * _growth(ratio, 1.0)
+                h = abs(s - t) * _growth(ratio, 1.0)
                 _check_length(h, t, ratio)
     return x
 

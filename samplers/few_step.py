@@ -23,16 +23,13 @@ def rfpp(x: Tensor, times: Sequence[float]) -> Evaluations:
     Decreasing times run the mirror image: noise = x_t - t v,  x_s = (1 - s) noise + s data, with
     the data x / t at the first time.  On a curved flow more steps do not lead to its solution.
     """
-    if times[0] < times[-1]:
-        noise = x / (1 - times[0])
-        for t, s in pairwise(times):
-            x, v = yield x, t
-            x = (1 - s) * noise + s * (x + (1 - t) * v)
-    else:
-        data = x / times[0]
-        for t, s in pairwise(times):
-            x, v = yield x, t
-            x = (1 - s) * (x - t * v) + s * data
+    forwards = times[0] < times[-1]
+    for t, s in pairwise(times):
+        x, v = yield x, t
+        if t == times[0]:
+            kept = x / (1 - t) if forwards else x / t
+        noise, data = (kept, x + (1 - t) * v) if forwards else (x - t * v, kept)
+        x = (1 - s) * noise + s * data
     return x
 
 
@@ -65,7 +62,7 @@ class jumps:  # noqa: N801 - reads as a function
     arXiv:2505.13447), shortcut (Frans et al., 2024, arXiv:2410.12557) and consistency trajectory
     models (Kim et al., 2024, arXiv:2310.02279).
 
-    times: those of the run, in its order: decreasing for an inversion.
+    times: those of the run, in its order: decreasing for an inversion.  t is one for the batch.
     Raises FlowkitError when called at a time from which no step starts.
     """
 
@@ -75,12 +72,13 @@ class jumps:  # noqa: N801 - reads as a function
             raise FlowkitError(f"jumps needs at least a start and an end, got {list(times)}")
 
     def __call__(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        start, s = min(self.steps, key=lambda step: abs(step[0] - float(t)))
-        if abs(start - float(t)) > 1e-6:  # a time that went through float32 is still known
+        asked = float(t)
+        start, s = min(self.steps, key=lambda step: abs(step[0] - asked))
+        if abs(start - asked) > 1e-6:  # a time that went through float32 is still known
             raise FlowkitError(
-                f"no step starts at t={float(t):.6g} among the {len(self.steps)} from "
-                f"{self.steps[0][0]:.4g} to {self.steps[-1][1]:.4g}; give jumps() the times of the "
-                "run, decreasing for invert(), and use solver 'euler'"
+                f"jumps() has no step from t={asked:.6g}, its {len(self.steps)} steps lead from "
+                f"{self.steps[0][0]:.4g} to {self.steps[-1][1]:.4g}; give it the times of the run, "
+                "decreasing for invert(), and use solver 'euler'"
             )
         return self.flow_map(x_t, start, s)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 from torch import Tensor
 
 from flowkit.errors import FlowkitError
@@ -45,8 +44,9 @@ def ab3(x: Tensor, times: Sequence[float]) -> Evaluations:
 def ab4(x: Tensor, times: Sequence[float], *, midpoint_first: bool = False) -> Evaluations:
     """Adams-Bashforth with four velocities on any grid, 1 NFE per step; it starts like ab3.
 
-    Euler's first step leaves an error of order 3, which shows beyond some 100 steps.
-    midpoint_first: the first step by the midpoint rule, for 1 NFE more and order 4 throughout.
+    Below some 20 steps, and where steps grow fast, it extrapolates too far: ab3 does better.
+    midpoint_first: order 4 throughout for 1 NFE more, the first step by the midpoint rule; else
+    Euler's leaves an error of order 3, seen beyond some 100 steps forwards and 20 backwards.
     """
     return (yield from _adams_bashforth(x, times, 4, midpoint_first))
 
@@ -75,14 +75,17 @@ def adams_bashforth_weights(nodes: Sequence[float], t: float, s: float) -> list[
     """
     if not nodes or len(set(nodes)) < len(nodes):
         raise FlowkitError(f"nodes must be one or more different times, got {list(nodes)}")
-    # Gauss-Legendre quadrature of the Lagrange polynomials: exact at their degree.
-    points, shares = np.polynomial.legendre.leggauss(len(nodes) // 2 + 1)
-    taus = 0.5 * (s - t) * (1 + points)  # from here on all times are counted from t
-    at = [node - t for node in nodes]
+    half = 0.5 * (s - t)
+    offsets = [node - t - half for node in nodes]  # from the middle, where odd powers drop out
     weights = []
-    for a in at:
-        basis = np.prod([(taus - b) / (a - b) for b in at if b != a], axis=0)
-        weights.append(0.5 * (s - t) * float(np.sum(shares * basis)))
+    for a in offsets:
+        basis = [1.0]  # the polynomial that is 1 at a and 0 at the others, constant term first
+        for b in offsets:
+            if b != a:
+                shifted = zip([0.0, *basis], [*basis, 0.0], strict=True)
+                basis = [(lower - b * same) / (a - b) for lower, same in shifted]
+        even = enumerate(basis[::2])
+        weights.append(2 * sum(c * half ** (2 * k + 1) / (2 * k + 1) for k, c in even))
     return weights
 
 
@@ -91,7 +94,7 @@ def _adams_bashforth(
 ) -> Evaluations:
     nodes: list[float] = []
     slopes: list[Tensor] = []
-    moved: Tensor | float = 0.0  # how far the start has come from times[0]
+    moved: Tensor | float = 0.0  # what the first steps have added, to be replaced as a whole
     for i, (t, s) in enumerate(pairwise(times)):
         x, v = yield x, t
         nodes, slopes = [*nodes, t][-order:], [*slopes, v][-order:]

@@ -44,13 +44,9 @@ def start() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def ends(start) -> dict:
-    """Where the flow on [0.1, 0.9] leads, forwards and backwards."""
-    return {
-        (name, forwards): solution(field, start, *((0.1, 0.9) if forwards else (0.9, 0.1)))
-        for name, field in FIELDS.items()
-        for forwards in (True, False)
-    }
+def ends(start) -> dict[str, Tensor]:
+    """Where the flows lead from t = 0.1 to 0.9."""
+    return {name: solution(field, start, 0.1, 0.9) for name, field in FIELDS.items()}
 
 
 class TestWeights:
@@ -64,7 +60,7 @@ class TestWeights:
         for power in range(count):
             found = sum(w * node**power for w, node in zip(weights, nodes, strict=True))
             exact = (s ** (power + 1) - t ** (power + 1)) / (power + 1)
-            assert found == pytest.approx(exact, abs=1e-15 * sum(map(abs, weights)) + 1e-15)
+            assert found == pytest.approx(exact, abs=3e-15 * sum(map(abs, weights)))
 
     def test_are_the_classical_ones_on_an_even_grid(self):
         table = {1: [1], 2: [-1, 3], 3: [5, -16, 23], 4: [-9, 37, -59, 55]}
@@ -107,29 +103,28 @@ class TestWeights:
 
 class TestOrder:
     @pytest.mark.parametrize(
-        "solver, options, name, order",
-        [
-            (ab3, {}, "Gaussian", 3),
-            (ab3, {}, "A", 3),
-            (ab3, {}, "C", 3),
-            (ab4, {"midpoint_first": True}, "Gaussian", 4),
-            (ab4, {"midpoint_first": True}, "A", 4),
-            (ab4, {"midpoint_first": True}, "C", 4),
-            (fireflow, {}, "Gaussian", 2),
-            (fireflow, {}, "A", 2),
-            (fireflow, {}, "C", 2),
-        ],
+        "solver, options, order",
+        [(ab3, {}, 3), (ab4, {"midpoint_first": True}, 4), (fireflow, {}, 2)],
     )
+    @pytest.mark.parametrize("name, power", [("Gaussian", 1), ("A", 1), ("C", 1), ("C", 1.5)])
     @pytest.mark.parametrize("forwards", [True, False])
-    @pytest.mark.parametrize("power", [1.0, 1.5])
     def test_on_even_and_uneven_grids(
-        self, solver, options, name, order, forwards, power, start, ends
+        self, solver, options, order, name, power, forwards, start, ends
     ):
-        run, errors = (sample if forwards else invert), []
+        errors = []
         for n in (160, 320):
             times = interval(n, 0.1, 0.9, power)
-            found = run(FIELDS[name], start, times, solver, **options).x
-            errors.append((found - ends[name, forwards]).square().mean().sqrt().item())
+            if forwards:
+                found, expected = (
+                    sample(FIELDS[name], start, times, solver, **options).x,
+                    ends[name],
+                )
+            else:
+                found, expected = (
+                    invert(FIELDS[name], ends[name], times, solver, **options).x,
+                    start,
+                )
+            errors.append((found - expected).square().mean().sqrt().item())
         assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
 
     @pytest.mark.parametrize("name", FIELDS)
@@ -140,13 +135,13 @@ class TestOrder:
                 sample(FIELDS[name], start, interval(n, 0.1, 0.9), ab4, midpoint_first=first).x
                 for first in (False, True)
             )
-            errors = [(x - ends[name, True]).square().mean().sqrt() for x in (plain, mended)]
+            errors = [(x - ends[name]).square().mean().sqrt() for x in (plain, mended)]
             assert errors[0] < 1.34 * errors[1]
 
     def test_more_velocities_pay_on_a_fine_grid(self, start, ends):
         for name in FIELDS:
             errors = [
-                (sample(FIELDS[name], start, interval(80, 0.1, 0.9), solver).x - ends[name, True])
+                (sample(FIELDS[name], start, interval(80, 0.1, 0.9), solver).x - ends[name])
                 .square()
                 .mean()
                 for solver in (ab2, ab3, ab4)
@@ -225,15 +220,23 @@ class TestBothWays:
 
     @pytest.mark.parametrize("name", FIELDS)
     @pytest.mark.parametrize(
-        "times", [grids.uniform(1), grids.uniform(12), grids.shifted(12, 3.0), grids.edm(12)]
+        "times, tolerance",
+        [
+            (grids.uniform(1), 1e-5),
+            (grids.uniform(12), 1e-5),
+            (grids.shifted(12, 3.0), 1e-5),
+            (grids.edm(12), 2e-3),  # the steps shrink sixfold at the end: large weights
+        ],
     )
-    def test_float32_follows_float64_to_both_ends(self, solver, options, name, times, start):
+    def test_float32_follows_float64_to_both_ends(
+        self, solver, options, name, times, tolerance, start
+    ):
         for run in (sample, invert):
             exact = run(FIELDS[name], start, times, solver, **options).x
             found = run(FIELDS[name], start.float(), times, solver, **options).x
             assert found.dtype == torch.float32 and exact.dtype == torch.float64
             assert exact.isfinite().all()
-            torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 class TestCallback:

@@ -255,7 +255,7 @@ def test_every_solver_goes_from_image_to_image(solver):
     for build in (flux_img2img, sd15_img2img):
         run = Record(pipe := ours(build(), solver), num_inference_steps=5, strength=0.7)
         first = pipe.scheduler.timesteps[-len(run.states)]
-        assert 400 < first < 800 and run.result.isfinite().all() and 0.3 < run.result.std() < 10
+        assert 400 < first < 900 and run.result.isfinite().all() and 0.3 < run.result.std() < 10
 
 
 def test_a_solver_whose_first_step_differs_does_not_begin_in_the_middle():
@@ -291,7 +291,7 @@ def test_inpainting_keeps_what_is_known(solver):
     for latents, sigma in zip(seen.latents, sigmas, strict=True):
         known = (1 - sigma) * image + sigma * noise
         torch.testing.assert_close(latents[..., :4], known[..., :4], rtol=1e-5, atol=1e-5)
-        assert (latents[..., 4:] - known[..., 4:]).std() > 0.1 * sigma
+    assert (latents[..., 4:] - noise[..., 4:]).std() > 0.3
 
 
 def test_inpainting_with_euler_is_that_of_diffusers():
