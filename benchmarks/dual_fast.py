@@ -34,7 +34,7 @@ from flowkit.trainers.straighten import train_flow
 
 BASES, NFE = ("euler", "ab2", "dpmpp_2m"), (5, 10, 20)  # euler is DDIM
 FEATURES = ("digits", "pixels")
-STRENGTHS, POWERS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.9), (0.0, 1.0, 2.0)
+STRENGTHS, POWERS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.9, 1.3), (0.0, 1.0, 2.0)
 SAMPLES, SEARCH_SEED, FRESH_SEEDS = 2000, 0, (1, 2, 3)
 
 Ratios = dict[tuple[str, int], tuple[float, ...]]

@@ -61,7 +61,7 @@ def few_step_distances(
         velocity = velocity_of(indices)
         noise = (1 - start) * keyed_noise(seed, indices, shape).to(device)
         for steps, seen in zip(nfe, moments, strict=True):
-            x = sample(velocity, noise, from_start(start, steps)).x
+            x = sample(velocity, noise, from_start(start, steps), solver="euler").x
             pictures = x if decode is None else decode(x)
             if not pictures.isfinite().all():  # clamping would hide an infinity
                 raise FlowkitError(

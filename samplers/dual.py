@@ -25,8 +25,8 @@ def dual_fast(
     *,
     base: str | Solver = "ab2",
     base_options: Mapping[str, Any] | None = None,
-    strength: float = 0.2,
-    power: float = 0.0,
+    strength: float = 0.3,
+    power: float = 1.0,
     anchor: str = "first",
 ) -> Evaluations:
     """Any solver `base`, with the noise n_t = x - t v of its first-order term replaced by

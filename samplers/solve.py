@@ -26,7 +26,7 @@ from flowkit.samplers.evaluations import Evaluations, Solver
 from flowkit.samplers.exact import bdia, bdia_ddim, bdia_edm, ddim
 from flowkit.samplers.exponential import deis
 from flowkit.samplers.few_step import consistency, rfpp
-from flowkit.samplers.multistep import ab2, ab3, ab4, fireflow
+from flowkit.samplers.multistep import ab2, ab3, ab4, abm, fireflow
 from flowkit.samplers.runge_kutta import euler, heun, midpoint, rk4
 from flowkit.samplers.stochastic import edm_heun, sde
 from flowkit.velocity import Velocity
@@ -56,6 +56,7 @@ SOLVERS: dict[str, Solver] = {
     "ab2": ab2,
     "ab3": ab3,
     "ab4": ab4,
+    "abm": abm,
     "fireflow": fireflow,
     "deis": deis,
     "dpmpp_2m": dpmpp_2m,
@@ -73,7 +74,7 @@ SOLVERS: dict[str, Solver] = {
     "consistency": consistency,
 }
 
-DEFAULT_SOLVER = "ab2"
+DEFAULT_SOLVER = "abm"
 STOCHASTIC = frozenset({"sde", "consistency"})  # random whatever their options are
 
 
@@ -107,7 +108,7 @@ def sample(
     velocity: Velocity,
     noise: Tensor,
     times: Sequence[float],
-    solver: str | Solver = "euler",
+    solver: str | Solver = DEFAULT_SOLVER,
     *,
     progress: bool = False,
     callback: Callback | None = None,
@@ -133,7 +134,7 @@ def invert(
     velocity: Velocity,
     data: Tensor,
     times: Sequence[float],
-    solver: str | Solver = "euler",
+    solver: str | Solver = DEFAULT_SOLVER,
     *,
     progress: bool = False,
     callback: Callback | None = None,

@@ -14,7 +14,14 @@ from torch import Tensor
 from flowkit.analytic import Gaussian, Mixture, normal_quantiles
 from flowkit.errors import FlowkitError
 from flowkit.samplers import evaluation_times, grids, invert, sample
-from flowkit.samplers.multistep import ab2, ab3, ab4, adams_bashforth_weights, fireflow
+from flowkit.samplers.multistep import (
+    ab2,
+    ab3,
+    ab4,
+    abm,
+    adams_bashforth_weights,
+    fireflow,
+)
 from flowkit.samplers.solve import Step
 
 FIELDS = {
@@ -261,3 +268,43 @@ class TestCallback:
         seen = []
         sample(FIELDS["A"], start, UNEVEN, fireflow, callback=lambda step: seen.append(step.t))
         assert seen == [UNEVEN[0], UNEVEN[-1]]
+
+
+class TestAbm:
+    @pytest.mark.parametrize("order", [2, 3, 4])
+    @pytest.mark.parametrize("way", [sample, invert])
+    def test_order(self, order, way) -> None:
+        field, start = Gaussian(), normal_quantiles()
+        errors = []
+        for n in (80, 160, 320):
+            times = [0.1 + 0.7 * (i / n) ** 1.3 for i in range(n + 1)]
+            a, b = (times[0], times[-1]) if way is sample else (times[-1], times[0])
+            found = way(field, start, times, abm, order=order)
+            assert found.nfe == n
+            errors.append((found.x - field.flow(start, a, b)).abs().max().item())
+        measured = [math.log2(e / f) for e, f in pairwise(errors)]
+        assert all(order - 0.25 <= m <= order + 0.7 for m in measured), measured
+
+    def test_is_ab2_at_order_two_on_an_even_grid(self) -> None:
+        field, start, times = FIELDS["A"], normal_quantiles(), grids.uniform(7)
+        found = sample(field, start, times, abm, order=2).x
+        torch.testing.assert_close(found, sample(field, start, times, ab2).x, rtol=0, atol=1e-13)
+
+    def test_an_edit_moves_the_corrected_state_by_itself(self) -> None:
+        """Where the velocity does not depend on x, an edit is simply added."""
+        times, shift = grids.power(6), torch.tensor(0.75, dtype=torch.float64)
+
+        def move(step: Step) -> torch.Tensor | None:
+            return step.x + shift if step.index == 3 else None
+
+        def field(x: torch.Tensor, t: float) -> torch.Tensor:
+            return torch.full_like(x, t**2)
+
+        plain = sample(field, torch.zeros(2, dtype=torch.float64), times, abm).x
+        edited = sample(field, torch.zeros(2, dtype=torch.float64), times, abm, callback=move).x
+        torch.testing.assert_close(edited, plain + shift)
+
+    @pytest.mark.parametrize("order", [1, 5, 2.5])
+    def test_other_orders_are_refused(self, order: float) -> None:
+        with pytest.raises(FlowkitError, match="orders 2, 3 and 4, got order="):
+            sample(Gaussian(), torch.zeros(2), [0.0, 1.0], abm, order=order)

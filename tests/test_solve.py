@@ -272,7 +272,7 @@ class TestBadInput:
     def test_unknown_option(self) -> None:
         message = "solver 'euler' has no option 'gamma'; it takes none"
         with pytest.raises(FlowkitError, match=message):
-            sample(Gaussian(), torch.zeros(2), [0.0, 1.0], gamma=1.0)
+            sample(Gaussian(), torch.zeros(2), [0.0, 1.0], "euler", gamma=1.0)
 
     def test_a_velocity_that_would_broadcast(self) -> None:
         with pytest.raises(FlowkitError, match=r"state's shape \(2, 3\), got \(3,\)"):

@@ -1,4 +1,4 @@
-"""Attention values: kept and replaced exactly, in the blocks asked for, and nothing else touched."""
+"""Attention values: kept and replaced exactly, where asked for, and nothing else touched."""
 
 from __future__ import annotations
 
@@ -128,10 +128,7 @@ def processors(net):
 
 
 def hooks(net):
-    found = [m._forward_hooks for m in net.modules()] + [
-        m._forward_pre_hooks for m in net.modules()
-    ]
-    return sum(map(len, found))
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
 
 def seen(case, run, *args):
@@ -231,10 +228,6 @@ def test_unequal_counts_meet_at_their_last_evaluations():
 
 
 def test_the_default_is_the_later_half_or_the_authors_blocks(case):
-    with share_values(case.net) as values, values.record((0, 0)):
-        case.source(case.data, 0.5)
-    blocks = sorted({int(name.split(".")[1]) for name in values.kept.get((0, 0), {})})
-    assert blocks == []  # forgotten at the end of the context
     with share_values(case.net) as values:
         with values.record((0, 0)):
             case.source(case.data, 0.5)
@@ -350,7 +343,6 @@ def test_processors_of_others_keep_their_weights_and_arguments():
     attn = case.net.single_transformer_blocks[2].attn
     attn.set_processor(Scaled(attn.processor))
     mine, names = attn.processor, set(case.net.state_dict())
-    strong = bind(case.target, joint_attention_kwargs={"strength": 1.0})
     strong = bind(case.velocity, **case.target.cond, joint_attention_kwargs={"strength": 1.0})
     plain = case.target(case.data, 0.5)
     expected = strong(case.data, 0.5)
@@ -363,17 +355,44 @@ def test_processors_of_others_keep_their_weights_and_arguments():
 
 
 def test_fused_projections_give_the_same(case):
+    if case.kind == "sd3":  # diffusers' fused processor cannot do without text
+        case.net.transformer_blocks[2].use_dual_attention = False
+        case.net.transformer_blocks[2].attn2 = None
+        case.net.transformer_blocks[2].norm1 = case.net.transformer_blocks[1].norm1
     expected = case.replayed()
     case.net.fuse_qkv_projections()
     torch.testing.assert_close(case.replayed(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["flux", "dit"])
-def test_a_compiled_model_shares_its_values_too(kind):
+def compiled(net):
+    return torch.compile(net, backend="eager")
+
+
+def compiled_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+def compiled_by_block(net):
+    net.compile_repeated_blocks(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize(
+    "kind, how",
+    [
+        ("dit", compiled),
+        *(
+            pytest.param("flux", how, marks=pytest.mark.slow)
+            for how in (compiled, compiled_in_place, compiled_by_block)
+        ),
+    ],
+)
+def test_a_compiled_model_shares_its_values_too(kind, how):
     case = Case(kind)
     options = {"blocks": [1], "image_tokens_only": True, "solver": "euler"}
     expected = case.replayed(**options)
-    case.velocity.net = torch.compile(case.net, backend="eager")
+    case.velocity.net = how(case.net)
     plain = case.target(case.data, 0.5)  # compiled before values are shared
     torch.testing.assert_close(case.replayed(**options), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(case.target(case.data, 0.5), plain)
@@ -397,18 +416,14 @@ def test_values_are_kept_where_asked_and_counted():
 def test_kept_values_are_no_part_of_a_graph():
     case = Case("dit")
     case.net.requires_grad_(True)
-    with share_values(case.net) as values, values.record((0, 0)):
-        case.source(case.data, 0.5)
-        kept = values
-    with share_values(case.net) as values:
+    with share_values(case.net, blocks=[2]) as values:
         with values.record((0, 0)):
             case.source(case.data, 0.5)
-        assert not any(v.requires_grad for v in values.kept[0, 0].values())
         with values.replay((0, 0)):
             case.target(case.data, 0.5).sum().backward()
-    assert kept.nbytes == 0
-    assert case.net.blocks[0].attn.to_v.weight.grad is not None
-    assert not case.net.blocks[2].attn.to_v.weight.grad.any()
+    first, last = case.net.blocks[0].attn, case.net.blocks[2].attn
+    assert first.to_v.weight.grad.any() and last.to_q.weight.grad.any()
+    assert last.to_v.weight.grad is None or not last.to_v.weight.grad.any()
 
 
 def test_guidance_has_the_values_in_both_branches_or_in_the_one_that_is_wrapped(case):
@@ -468,6 +483,14 @@ def test_a_velocity_of_another_model_is_refused(case):
         replay = replaying(lambda x, t: x, values, "euler", TIMES)
         with pytest.raises(FlowkitError, match="ran none of the blocks"):
             sample(replay, case.data, TIMES)
+
+
+def test_a_block_alone_does_not_tell_text_from_image():
+    case = Case("flux")
+    attention = case.blocks[2].attn
+    with share_values(case.net, image_tokens_only=True) as values:
+        with pytest.raises(FlowkitError, match="run the whole model"), values.record((0, 0)):
+            attention(draw(1, TOKENS + IMAGE_TOKENS, 32))
 
 
 def test_only_what_is_recorded_can_be_replayed(case):

@@ -309,7 +309,7 @@ class Run:
         times = grids.from_start(model.t_min, num_steps)
         start = (1 - times[0]) * self.preview_noise.to(device)
         with torch.no_grad():
-            x = sample(conditioned(model, labels, 1.0, device), start, times).x
+            x = sample(conditioned(model, labels, 1.0, device), start, times, solver="euler").x
             return self.decode(x).cpu()
 
     def _preview(self, name: str) -> Any:
