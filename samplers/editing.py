@@ -156,25 +156,33 @@ def reconstruct(pipe: Any, image: Any, prompt: Prompt, **options: Any) -> Edited
 
 
 def pipeline_times(pipe: Any, num_steps: int, latents: Tensor) -> list[float]:
-    """The grid that a Flux or SD3 pipeline would sample `latents` (B, C, H, W) on, as times.
+    """The grid on which a Flux or SD3 pipeline samples `latents` (B, C, H, W), as times.
 
-    Made by diffusers' FlowMatchEulerDiscreteScheduler from the config of the pipeline's scheduler:
-    static shift, or the dynamic one for this number of tokens.
+    That of its scheduler, with the static shift, or the dynamic one for this number of tokens.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    config: Any = scheduler.config
+    from flowkit.samplers.scheduler import FlowScheduler
+
+    config, scheduler = pipe.scheduler.config, pipe.scheduler
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    else:
+        scheduler = FlowScheduler.from_config(config, solver="euler", invert=False)
     given: dict[str, Any] = {"num_inference_steps": num_steps}
-    if isinstance(_velocity(pipe), FluxVelocity):
+    if isinstance(_velocity(pipe), FluxVelocity) and not config.get("use_flow_sigmas"):
         given = {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps)}  # what its pipeline passes
-    if config.use_dynamic_shifting:
-        tokens = latents.shape[-2] * latents.shape[-1] // _PATCH**2
-        base, most = config.base_image_seq_len, config.max_image_seq_len
-        slope = (config.max_shift - config.base_shift) / (most - base)
-        given["mu"] = config.base_shift + slope * (tokens - base)
+    if config.get("use_dynamic_shifting"):
+        given["mu"] = _mu(config, latents.shape[-2] * latents.shape[-1] // _PATCH**2)
     scheduler.set_timesteps(**given)
     return [1 - sigma for sigma in scheduler.sigmas.double().tolist()]
+
+
+def _mu(config: Mapping[str, Any], tokens: int) -> float:
+    """Linear in the number of tokens, as diffusers' pipelines have it."""
+    fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (tokens - fewest) / (most - fewest)
 
 
 _PATCH = 2  # latents a token, in each direction: Flux packs them, SD3 has patch_size 2

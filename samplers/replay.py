@@ -132,8 +132,7 @@ class _Run:
             raise FlowkitError(
                 f"evaluation {self.done} is at t = {float(t):.6g}, expected was "
                 f"{'none' if planned is None else f't = {planned:.6g}'}; make one of these for "
-                "each run, with the run's solver, options and times in its order; adaptive solvers "
-                "cannot share values"
+                "each run, with the run's solver, options and times in its order"
             )
         self.done += 1
         with self.act(key) if key is not None else nullcontext():
