@@ -5,6 +5,8 @@ pipe.scheduler = RFSolverScheduler.from_config(pipe.scheduler.config)
 
 from __future__ import annotations
 
+from diffusers import SchedulerMixin  # noqa: F401 - a pipeline's from_pretrained looks here for it
+
 from flowkit.samplers.scheduler import FlowScheduler
 
 __all__ = [

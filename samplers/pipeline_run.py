@@ -39,6 +39,11 @@ class PipelineRun:
     ) -> None:
         self.solver, self.options, self.grid, self.latents = solver, options, grid, latents
         self.times = evaluation_times(solver, grid, **options)
+        # A pipeline evaluates the latents it starts from before the solver can say where it wants
+        # to begin: elsewhere when it has a state from the other direction, or first adds noise.
+        self._unasked = self.times[0] != grid[0]
+        if self._unasked:
+            self.times.insert(0, grid[0])
         t = torch.tensor(self.times, dtype=torch.float64)
         self.timesteps: list[float] = latents.timestep(t).tolist()
         scale, a, b = latents.coefficients(t)
@@ -64,7 +69,8 @@ class PipelineRun:
         assert self._evaluations is not None and self.index is not None
         index = self.index
         x = self._take_back(sample, self._scale[index])
-        v = self._b[index] * output.to(x.dtype)
+        v = output if output.dtype == x.dtype else output.to(x.dtype)
+        v = -v if (b := self._b[index]) == -1 else b * v
         if a := self._a[index]:
             v = v + a * x
         self.index = index + 1
@@ -75,7 +81,8 @@ class PipelineRun:
             self._x, self.state = end.value if isinstance(end.value, tuple) else (end.value, None)
             self.ended = True
             scale = self._own_scale(self.grid[-1])
-        self._given = (self._x if scale == 1 else scale * self._x).to(sample.dtype)
+        given = self._x if scale == 1 else scale * self._x
+        self._given = given if given.dtype == sample.dtype else given.to(sample.dtype)
         self._version = _version(self._given)
         return self._given
 
@@ -91,6 +98,9 @@ class PipelineRun:
 
     def _from(self, begin: int, x: Tensor) -> Evaluations:
         """The solver from evaluation `begin` on; inside a step, Euler's rule leads to its end."""
+        if begin == 0:
+            run = self.solver(x, self.grid, **self.options)
+            return _after_unasked(x, self.grid[0], run) if self._unasked else run
         for index, t in enumerate(self.times[begin:], begin):
             if t in self.grid[:-1]:
                 rest = self.grid[self.grid.index(t) :]
@@ -113,6 +123,12 @@ class PipelineRun:
                 "step or after the last"
             )
         return self.__dict__ | {"_evaluations": None}
+
+
+def _after_unasked(x: Tensor, t: float, run: Evaluations) -> Evaluations:
+    """The solver after an evaluation at (x, t) whose answer it does not need."""
+    yield x, t
+    return (yield from run)
 
 
 def _led_by_euler(

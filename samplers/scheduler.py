@@ -113,6 +113,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         self.initial_state: Any = None  # of the next run
         self._run: PipelineRun | None = None
         self._begin_index: int | None = None
+        self._timesteps_at = 0  # their address
 
     @classmethod
     def from_config(
@@ -195,6 +196,11 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         """What the solver left at the end of the run, None before: see flowkit.samplers.Result."""
         return self._run.state if self._run else None
 
+    @property
+    def times(self) -> list[float]:
+        """The solver's grid: flowkit's t at the ends of its steps, in the order of the run."""
+        return self._run.grid if self._run else []
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin the run at timesteps[begin_index], as image-to-image does."""
         self._begin_index = begin_index
@@ -230,6 +236,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         self.order = 1 if sigmas is not None else self._evaluations_per_step()
         self.num_inference_steps = len(grid) - 1
         self.timesteps = torch.tensor(self._run.timesteps, dtype=torch.float32, device=device)
+        self._timesteps_at = self.timesteps.data_ptr()
         times = torch.tensor([*self._run.times, grid[-1]], dtype=torch.float64)
         self.sigmas = self.latents.sigma(times).to(torch.float32)
 
@@ -272,17 +279,23 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
             run.begin(self._first_index(timestep), sample)
             self._shape = sample.shape
         self._check_timestep(timestep, run.index or 0)
-        if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output.chunk(2, dim=1)[0]
-        if not model_output.shape == sample.shape == self._shape:
-            raise FlowkitError(
-                f"step() got a model output of shape {tuple(model_output.shape)} and a sample of "
-                f"{tuple(sample.shape)}; both must have the shape that the run began with, "
-                f"{tuple(self._shape)}"
-            )
+        if sample.shape != self._shape or model_output.shape != sample.shape:
+            model_output = self._without_variance(model_output, sample)
         self._generator = generator
         previous = run.reply(model_output, sample)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    def _without_variance(self, output: Tensor, sample: Tensor) -> Tensor:
+        """The first half of an output whose second half is a learned variance."""
+        shape = tuple(self._shape)
+        learned = len(shape) > 1 and output.shape == (shape[0], 2 * shape[1], *shape[2:])
+        if sample.shape != shape or not learned:
+            raise FlowkitError(
+                f"step() got a model output of shape {tuple(output.shape)} and a sample of "
+                f"{tuple(sample.shape)}; both must have the shape that the run began with, "
+                f"{shape}"
+            )
+        return output.chunk(2, dim=1)[0]
 
     def _first_index(self, timestep: float | Tensor) -> int:
         """Where to begin: where the pipeline said, else at the timestep it comes with."""
@@ -295,7 +308,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
     def _check_timestep(self, timestep: float | Tensor, index: int) -> None:
         if isinstance(timestep, Tensor):
             # A view of ours, as pipelines pass it, is known without waiting for the device.
-            if timestep.data_ptr() == self.timesteps[index].data_ptr():
+            if timestep.data_ptr() == self._timesteps_at + 4 * index:  # float32
                 return
             timestep = float(timestep.reshape(-1)[0])
         expected = float(self._run.timesteps[index]) if self._run else math.nan

@@ -88,7 +88,7 @@ class Record:
 
     @property
     def times(self):
-        return self.scheduler._run.grid
+        return self.scheduler.times
 
     def plain(self, velocity, start, solver, skip=0):
         """The plain loop on the same grid, with the same random numbers."""
