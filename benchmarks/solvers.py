@@ -158,8 +158,8 @@ def print_errors(title: str, velocity: Velocity, noise: Tensor, reference: Tenso
     rows: list[tuple[str, str, Callable[[int], Sequence[float]]]] = [
         (name, name, grids.uniform) for name in SOLVERS if name not in FROM_INSIDE
     ]
-    rows.append((f"{DEFAULT_SOLVER}, power grid", DEFAULT_SOLVER, grids.power))
-    rows.append(("abm order 4, power grid", "abm order 4", grids.power))
+    on_power = (DEFAULT_SOLVER, "abm order 4", "ab2", "ab3", "dpmpp_2m", "unipc")
+    rows += [(f"{name}, power grid", name, grids.power) for name in on_power]
     for title, name, grid in rows:
         solver, options = SOLVERS[name]
         cells, ratios = [], []

@@ -4,13 +4,14 @@
 
 RF-Solver inverts the picture; the attention values of the steps next to the noise are kept and
 replayed when sampling passes the same steps, which preserves the picture's layout (Wang et al.,
-2024, arXiv:2411.04746).  Neither way is exact, so `reconstruct` shows what editing starts from.
+2024, arXiv:2411.04746).  They hold back what another prompt and guidance change; what is left of
+an unguided reconstruction's error is the solver's, and takes more steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from flowkit.samplers.evaluations import Solver
 from flowkit.samplers.replay import recording, replaying
 from flowkit.samplers.solve import invert, sample
 from flowkit.samplers.value_sharing import share_values
-from flowkit.velocity import Velocity, bind, guided
+from flowkit.velocity import Velocity, VelocityModel, bind, guided
 
 __all__ = ["Edited", "edit", "edit_latents", "pipeline_times", "reconstruct"]
 
@@ -116,24 +117,14 @@ def edit(
     The state is float32 whatever the pipeline's dtype; nothing is random.
     Raises FlowkitError for another pipeline, and for embeddings that do not fit.
     """
-    velocity: Any = _velocity(pipe)
-    embedded = getattr(pipe.transformer.config, "guidance_embeds", False)
+    velocity = _velocity(pipe)
     if guidance is None:
-        guidance = 1.0 if isinstance(velocity, FluxVelocity) and not embedded else 5.0
+        guidance = 1.0 if isinstance(velocity, FluxVelocity) and not _embedded(pipe) else 5.0
     try:
         data = _encode(pipe, image)
-        source, target = (_condition(pipe, p, data) for p in (source_prompt, target_prompt))
-        if embedded:
-            there: Velocity = bind(velocity, guidance=guidance, **target)
-            source["guidance"] = 1.0
-        elif guidance != 1:
-            without = _condition(pipe, negative_prompt, data)
-            there = guided(bind(velocity, **target), bind(velocity, **without), guidance)
-        else:
-            there = bind(velocity, **target)
         edited = edit_latents(
-            bind(velocity, **source),
-            there,
+            _conditioned(pipe, source_prompt, data, 1.0, ""),
+            _conditioned(pipe, target_prompt, data, guidance, negative_prompt),
             data,
             pipeline_times(pipe, num_steps, data) if times is None else times,
             model=velocity,
@@ -141,8 +132,7 @@ def edit(
             progress=progress,
             **options,
         )
-        images = tuple(_decode(pipe, edited.x))
-        return Edited(edited.x, edited.noise, edited.nfe, edited.nbytes, images)
+        return replace(edited, images=tuple(_decode(pipe, edited.x)))
     finally:
         pipe.maybe_free_model_hooks()  # of model offloading
 
@@ -188,7 +178,7 @@ def _mu(config: Mapping[str, Any], tokens: int) -> float:
 _PATCH = 2  # latents a token, in each direction: Flux packs them, SD3 has patch_size 2
 
 
-def _velocity(pipe: Any) -> Any:
+def _velocity(pipe: Any) -> VelocityModel:
     """The pipeline's transformer as a velocity."""
     net = getattr(pipe, "transformer", None)
     names = {cls.__name__ for cls in type(getattr(net, "_orig_mod", net)).__mro__}
@@ -198,6 +188,24 @@ def _velocity(pipe: Any) -> Any:
             f"{type(pipe).__name__}; edit_latents() takes any velocities"
         )
     return from_diffusers(pipe)
+
+
+def _embedded(pipe: Any) -> bool:
+    """Whether guidance is an input of the network, as in Flux-dev."""
+    return bool(getattr(pipe.transformer.config, "guidance_embeds", False))
+
+
+def _conditioned(
+    pipe: Any, prompt: Prompt, data: Tensor, guidance: float, negative: Prompt
+) -> Velocity:
+    """The pipeline's velocity under a prompt, guided in the way of its network."""
+    model, cond = _velocity(pipe), _condition(pipe, prompt, data)
+    if _embedded(pipe):
+        return bind(model, guidance=guidance, **cond)
+    if guidance == 1:
+        return bind(model, **cond)
+    without = _condition(pipe, negative, data)
+    return guided(bind(model, **cond), bind(model, **without), guidance)
 
 
 def _encode(pipe: Any, image: Any) -> Tensor:

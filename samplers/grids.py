@@ -46,7 +46,7 @@ def power(num_steps: int, exponent: float = 1.5) -> list[float]:
     """
     if not exponent > 0:
         raise FlowkitError(f"exponent must be positive, got {exponent}; 1 is the uniform grid")
-    return [1 - (1 - u) ** exponent for u in uniform(num_steps)]
+    return _distinct([1 - (1 - u) ** exponent for u in _shares(num_steps)])
 
 
 def from_start(start: float, num_steps: int) -> list[float]:
@@ -145,8 +145,8 @@ def karras(
 ) -> list[float]:
     """The same rule in a flow model's own sigma = 1 - t, from 1 - sigma_max.
 
-    That is what `use_karras_sigmas` of diffusers' FlowMatchEulerDiscreteScheduler means: nearly all
-    steps are next to the data, and most flow models do worse on it than on `uniform`.
+    That is what `use_karras_sigmas` of diffusers' FlowMatchEulerDiscreteScheduler means; nearly all
+    of its steps are next to the data.
     """
     if sigma_max > 1:
         raise FlowkitError(f"sigma = 1 - t is at most 1, got sigma_max={sigma_max}; or use edm()")
@@ -155,7 +155,7 @@ def karras(
 
 
 def log_snr(
-    num_steps: int, *, low: float = -4.0, high: float = 4.0, from_zero: bool = True
+    num_steps: int, *, low: float = -3.0, high: float = 3.0, from_zero: bool = True
 ) -> list[float]:
     """Times uniform in log(t / (1 - t)) from `low` to `high`, then 1: DPM-Solver's grid.
 

@@ -206,8 +206,8 @@ class ValueProcessor:
             return 0
         if self.values.image_tokens is None:
             raise FlowkitError(
-                f"{self.name} alone cannot tell image tokens from text; run the whole model, or use "
-                "image_tokens_only=False"
+                f"{self.name} alone cannot tell image tokens from text; run the whole model, or "
+                "use image_tokens_only=False"
             )
         return out.shape[1] - self.values.image_tokens
 

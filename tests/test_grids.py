@@ -18,13 +18,14 @@ from flowkit.samplers.timesteps import Constant, CosMap, LogitNormal, Shifted, U
 
 GRIDS: dict[str, tuple[Callable[[int], list[float]], float]] = {  # with the first time
     "uniform": (grids.uniform, 0),
+    "power": (grids.power, 0),
     "from_start": (lambda n: grids.from_start(0.99, n), 0.99),
     "shifted": (lambda n: grids.shifted(n, 0.3), 0),
     "dynamic": (lambda n: grids.dynamic(n, 1.15), 0),
     "edm": (grids.edm, 1 / 81),
     "karras": (grids.karras, 0),
     "log_snr": (grids.log_snr, 0),
-    "log_snr, from low": (lambda n: grids.log_snr(n, from_zero=False), 1 / (1 + math.exp(4))),
+    "log_snr, from low": (lambda n: grids.log_snr(n, from_zero=False), 1 / (1 + math.exp(3))),
     "cosine": (grids.cosine, 0),
     "beta": (grids.beta, 0),
     "quantiles": (lambda n: grids.quantiles(n, UShaped()), 0),
@@ -46,6 +47,12 @@ def test_every_grid_can_be_sampled_on(name: str, n: int) -> None:
 def test_uniform() -> None:
     assert grids.uniform(4) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert grids.uniform(1) == [0.0, 1.0]
+
+
+def test_power_is_uniform_in_a_root_of_the_noise() -> None:
+    roots = [(1 - t) ** (1 / 1.5) for t in grids.power(8)]
+    assert roots == pytest.approx([1 - u for u in grids.uniform(8)])
+    assert grids.power(5, 1.0) == pytest.approx(grids.uniform(5))
 
 
 def test_from_start() -> None:
@@ -225,6 +232,8 @@ class TestFromList:
     [
         (lambda: grids.uniform(0), "at least one step, got num_steps=0"),
         (lambda: grids.edm(0), "at least one step"),
+        (lambda: grids.power(3, 0.0), "exponent must be positive, got 0.0"),
+        (lambda: grids.power(3, 60.0), "too close"),
         (lambda: grids.log_snr(0), "at least one step"),
         (lambda: grids.from_start(1.0, 3), r"\[0, 1\), got 1.0"),
         (lambda: grids.shifted(3, 0.0), "shift must be positive"),

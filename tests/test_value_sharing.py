@@ -378,15 +378,10 @@ def compiled_by_block(net):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, how",
-    [
-        ("dit", compiled),
-        *(
-            pytest.param("flux", how, marks=pytest.mark.slow)
-            for how in (compiled, compiled_in_place, compiled_by_block)
-        ),
-    ],
+    [("dit", compiled), *(("flux", h) for h in (compiled, compiled_in_place, compiled_by_block))],
 )
 def test_a_compiled_model_shares_its_values_too(kind, how):
     case = Case(kind)
