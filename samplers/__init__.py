@@ -3,6 +3,7 @@ schedulers that put the same solvers into diffusers pipelines."""
 
 from __future__ import annotations
 
+from flowkit.samplers.editing import edit, edit_latents, reconstruct
 from flowkit.samplers.named_schedulers import (
     AB2Scheduler,
     BDIADDIMScheduler,
@@ -28,7 +29,10 @@ __all__ = [
     "Result",
     "Step",
     "UniPCFlowScheduler",
+    "edit",
+    "edit_latents",
     "evaluation_times",
     "invert",
+    "reconstruct",
     "sample",
 ]
