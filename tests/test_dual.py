@@ -14,12 +14,12 @@ from flowkit.analytic import Gaussian, Mixture, normal_quantiles
 from flowkit.errors import FlowkitError
 from flowkit.samplers import Step, evaluation_times, grids, invert, sample
 from flowkit.samplers.adaptive import dopri5
-from flowkit.samplers.dpm import dpmpp_2m
 from flowkit.samplers.dual import dual_fast
 from flowkit.samplers.evaluations import Evaluations
+from flowkit.samplers.runge_kutta import midpoint
 from flowkit.velocity import to_data, to_noise, velocity_from_data, velocity_from_noise
 
-BASES = ["euler", "heun", "midpoint", "rk4", "ab2", dpmpp_2m]
+BASES = ["euler", "heun", "rk4", "ab2", "abm", "deis", "dpmpp_2m", "unipc", midpoint]
 MIXTURE = Mixture((0.4, 0.6), (-0.9, 0.7), (0.3, 0.2))
 TIMES = [0.0, 0.07, 0.2, 0.45, 0.6, 0.9, 1.0]
 OPTIONS = [
@@ -30,7 +30,7 @@ OPTIONS = [
 ]
 START = normal_quantiles()
 
-bases = pytest.mark.parametrize("base", BASES, ids=str)
+bases = pytest.mark.parametrize("base", BASES, ids=lambda b: getattr(b, "__name__", b))
 options = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 
 
@@ -74,7 +74,7 @@ def test_replaces_the_first_order_data_of_dpm_solver(options: dict) -> None:
             r = (log_snr[i] - log_snr[i - 1]) / (log_snr[i + 1] - log_snr[i])
             x = x + gain * (data - before) / (2 * r)
         before = data
-    found = sample(MIXTURE, START, TIMES, dual_fast, base=dpmpp_2m, **options).x
+    found = sample(MIXTURE, START, TIMES, dual_fast, base="dpmpp_2m", **options).x
     torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
 
 
