@@ -73,6 +73,25 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert loop.method.loss(batch).value.item() < 0.7 * before
 
 
+def test_a_curriculum_advances_and_survives_a_resume(tmp_path: Path) -> None:
+    def method() -> FlowMatching:
+        torch.manual_seed(0)
+        model = FlowVelocity(MLP(shape=[1, 8, 8], **TINY))
+        times = density("curriculum", num_stages=4, patience=3, smoothing=0.5)
+        return FlowMatching(model, times, premetric("squared"))
+
+    whole = _loop(tmp_path / "whole", method=method(), steps=40)
+    whole.run()
+    half = _loop(tmp_path / "halves", method=method(), steps=40, checkpoint_every=10)
+    half.options.steps = 23
+    half.run()
+    resumed = _loop(tmp_path / "halves", method=method(), steps=40, checkpoint_every=10)
+    resumed.run()
+    assert whole.method.phase.stage > 1
+    assert resumed.method.phase.state_dict() == whole.method.phase.state_dict()
+    assert all(map(torch.equal, _weights(whole), _weights(resumed)))
+
+
 def test_twice_n_steps_are_n_steps_a_resume_and_n_steps_more(tmp_path: Path) -> None:
     whole = _loop(tmp_path / "whole", checkpoint_every=100)
     whole.run()

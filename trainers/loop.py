@@ -33,7 +33,7 @@ from flowkit.trainers.order import Order, read
 from flowkit.trainers.settings import RunOptions, TrainOptions
 from flowkit.velocity import VelocityModel
 
-__all__ = ["Loop", "Loss", "Method", "Preempted", "set_dropout"]
+__all__ = ["Loop", "Loss", "Method", "Phase", "Preempted", "set_dropout"]
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -48,10 +48,23 @@ class Loss:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Phase(Protocol):
+    """What a method does by stages, such as a curriculum: it sees every step's mean loss."""
+
+    stage: int
+
+    def update(self, loss: float, /) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
 class Method(Protocol):
     """What is trained and how.  The loop replaces `model` by its distributed wrapper."""
 
     model: Any
+    phase: Phase | None
 
     def loss(self, batch: Batch) -> Loss: ...
 
@@ -213,6 +226,9 @@ class Loop:
         if self.options.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.options.max_grad_norm, norm)
         self._apply(norm)
+        if (phase := self.method.phase) is not None:
+            phase.update(float(accelerator.reduce(logs["loss"], "mean")))
+            logs["stage"] = torch.tensor(float(phase.stage))
         return {**logs, "grad_norm": norm}
 
     def _apply(self, norm: Tensor) -> None:
@@ -266,6 +282,7 @@ class Loop:
             "skipped": self.skipped,
             "schedule": self.schedule.state_dict(),
             "seconds": self.seconds,
+            "phase": self.method.phase.state_dict() if self.method.phase else None,
         }
         checkpoint.save(self.folder, self.step, self.accelerator, self.ema, state)
         self.saved_step = self.step
@@ -283,6 +300,8 @@ class Loop:
         self.skipped = state["skipped"]
         self.seconds_before = state["seconds"]
         self.schedule.load_state_dict(state["schedule"])
+        if self.method.phase is not None:
+            self.method.phase.load_state_dict(state["phase"])
         self.accelerator.print(f"{self.name}: resuming at step {self.step} from {newest}")
 
     def _terminate(self, signum: int, frame: FrameType | None) -> None:

@@ -70,7 +70,9 @@ class TrainOptions:
         0.999, "EMA decay at step k is min(this, (1 + k) / (10 + k))", low=0, high=1
     )
     times: dict[str, Any] = option(
-        {"name": "uniform"}, "density of t: uniform, logit_normal, u_shaped, edm, shifted, constant"
+        {"name": "uniform"},
+        "density of t: uniform, logit_normal, mode, cosmap, u_shaped, edm, shifted, constant, "
+        "curriculum (easy to hard; base: another)",
     )
     loss: dict[str, Any] = option(
         {"name": "squared"}, "premetric: squared, huber, lpips, lpips_huber, lpips_huber_1/t"
