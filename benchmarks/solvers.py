@@ -3,6 +3,9 @@
   python benchmarks/solvers.py                 analytic flows alone: a minute
   python benchmarks/solvers.py runs/flow/model and a trained flow, as trainers/flow.py leaves it
 
+The stochastic solvers (sde, consistency), the adaptive dopri5 and the wrapper dual_fast have no row:
+they have no order, no NFE of their own, or the order of their base.
+
 Errors are root mean squares over the batch, against a reference of many small steps.  Our grids
 are uniform unless the row says otherwise; diffusers' schedulers have their own default grid.
 """
@@ -44,9 +47,11 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
         for method, order, quantity in (
             ("tab", 2, "velocity"),
             ("tab", 3, "velocity"),
+            ("tab", 4, "velocity"),
             ("tab", 2, "noise"),
             ("tab", 2, "data"),
             ("rhoab", 2, ""),
+            ("rhoab", 3, ""),
             ("rhork", 2, ""),
             ("rhork", 3, ""),
             ("ipndm", 3, ""),
@@ -54,6 +59,8 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{name: (name, {}) for name in ("dpmpp_2m", "dpmpp_3m", "unipc")},
     "unipc bh1": ("unipc", {"variant": "bh1"}),
+    "unipc order 1": ("unipc", {"order": 1}),
+    "unipc order 3": ("unipc", {"order": 3}),
     "bdia gamma 1": ("bdia", {"gamma": 1.0}),
     "bdia gamma 0.5": ("bdia", {"gamma": 0.5}),
     "bdia_ddim gamma 1": ("bdia_ddim", {"gamma": 1.0, "path": VPLinear()}),
@@ -72,9 +79,14 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "DPMSolver++ 2S": lambda: diffusers.DPMSolverSinglestepScheduler(
         lower_order_final=True, **FLOW
     ),
+    "DPMSolver++ 3S": lambda: diffusers.DPMSolverSinglestepScheduler(
+        solver_order=3, lower_order_final=True, **FLOW
+    ),
+    "UniPC 1": lambda: diffusers.UniPCMultistepScheduler(solver_order=1, **FLOW),
     "UniPC 2": lambda: diffusers.UniPCMultistepScheduler(**FLOW),
     "UniPC 3": lambda: diffusers.UniPCMultistepScheduler(solver_order=3, **FLOW),
     "DEIS 2": lambda: diffusers.DEISMultistepScheduler(**FLOW),
+    "DEIS 3": lambda: diffusers.DEISMultistepScheduler(solver_order=3, **FLOW),
     "SASolver (tau 0)": lambda: diffusers.SASolverScheduler(tau_func=lambda t: 0, **FLOW),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from flowkit.errors import FlowkitError
@@ -12,6 +13,14 @@ from flowkit.errors import FlowkitError
 __all__ = ["check_options", "look_up"]
 
 T = TypeVar("T")
+
+# Annotations of options that are told apart, as postponed evaluation leaves them.
+_KINDS: dict[Any, tuple[type, ...]] = {
+    "float": (Real,),
+    "int": (Integral,),
+    "str": (str,),
+    "bool": (bool,),
+}
 
 
 def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
@@ -29,11 +38,18 @@ def check_options(
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     signature = list(inspect.signature(function).parameters.items())[skip:]
     parameters = {name: parameter for name, parameter in signature if parameter.kind in named}
-    for name in options:
+    for name, value in options.items():
         if name not in parameters:
             takes = f"it takes {', '.join(parameters)}" if parameters else "it takes none"
             raise FlowkitError(
                 f"{subject} has no option {name!r}{_nearest(name, parameters)}; {takes}"
+            )
+        kinds = _KINDS.get(parameters[name].annotation)
+        if kinds and (
+            not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        ):
+            raise FlowkitError(
+                f"{subject} takes {parameters[name].annotation} as {name}, got {value!r}"
             )
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:

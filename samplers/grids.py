@@ -90,6 +90,8 @@ def dynamic(num_steps: int, mu: float) -> list[float]:
 
     In sigma = 1 - t it reads e^mu / (e^mu + 1/sigma - 1).  mu: see `mu_of_tokens`.
     """
+    if not isinstance(mu, int | float) or not abs(mu) < 500:
+        raise FlowkitError(f"mu must be a number of the order of 1, got {mu!r}; see mu_of_tokens")
     return shifted(num_steps, math.exp(mu))
 
 
@@ -199,8 +201,8 @@ def quantiles(num_steps: int, density: TimeDensity) -> list[float]:
 
 
 def _shift(t: float, shift: float) -> float:
-    if not shift > 0:
-        raise FlowkitError(f"shift must be positive, got {shift}; 1 leaves the grid uniform")
+    if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise FlowkitError(f"shift must be positive, got {shift!r}; 1 leaves the grid uniform")
     return t / (t + shift * (1 - t))
 
 
@@ -222,8 +224,10 @@ def _shares(num_steps: int) -> list[float]:
 
 
 def _check_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise FlowkitError(f"a grid has at least one step, got num_steps={num_steps}")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise FlowkitError(
+            f"a grid has a whole number of steps, at least one, got num_steps={num_steps!r}"
+        )
 
 
 def _distinct(times: list[float]) -> list[float]:

@@ -66,14 +66,14 @@ def abm(x: Tensor, times: Sequence[float], *, order: int = 3) -> Evaluations:
         raise FlowkitError(f"abm has orders 2, 3 and 4, got order={order!r}")
     nodes: list[float] = []
     slopes: list[Tensor] = []
-    before, predicted = x, x
+    moved: Tensor | float = 0.0  # by the last prediction, to be corrected
     for t, s in pairwise(times):
         x, v = yield x, t
         nodes, slopes = [*nodes, t][-order:], [*slopes, v][-order:]
         if len(nodes) > 1:  # on top of what a caller may have made of the predicted state
-            x = x + (before + _integral(nodes, slopes, nodes[-2], t) - predicted)
-        before = x
-        x = predicted = x + _integral(nodes[1 - order :], slopes[1 - order :], t, s)
+            x = x + (_integral(nodes, slopes, nodes[-2], t) - moved)
+        moved = _integral(nodes[1 - order :], slopes[1 - order :], t, s)
+        x = x + moved
     return x
 
 

@@ -49,10 +49,19 @@ def flow_times(
     else:
         n = _count(num_steps)
         unshifted = (1 - np.arange(n) / n) ** config["grid_power"]
-    shifted = _shift(unshifted, config, mu)
-    if terminal := config["shift_terminal"]:
-        shifted = 1 - (1 - shifted) / ((1 - shifted[-1]) / (1 - terminal))
-    return [*(1 - shifted.astype(np.float64)).tolist(), 1.0]
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        shifted = _shift(unshifted, config, mu)
+        if terminal := config["shift_terminal"]:
+            shifted = 1 - (1 - shifted) / ((1 - shifted[-1]) / (1 - terminal))
+    times = [*(1 - shifted.astype(np.float64)).tolist(), 1.0]
+    if not (times[0] >= 0 and all(t < s for t, s in pairwise(times))):
+        names = ("grid_power", "shift", "flow_shift", "shift_terminal", "time_shift_type")
+        raise FlowkitError(
+            "sigmas must fall within [0, 1], these do not: "
+            + ", ".join(f"{name}={config[name]!r}" for name in names)
+            + f", mu={mu!r}, {len(times) - 1} steps"
+        )
+    return times
 
 
 def _shift(sigmas: np.ndarray, config: Mapping[str, Any], mu: float | None) -> np.ndarray:
@@ -60,10 +69,10 @@ def _shift(sigmas: np.ndarray, config: Mapping[str, Any], mu: float | None) -> n
     if not config["use_dynamic_shifting"]:
         shift = config["flow_shift"] if config["use_flow_sigmas"] else config["shift"]
         return shift * sigmas / (1 + (shift - 1) * sigmas)
-    if mu is None:
+    if not isinstance(mu, int | float) or not abs(mu) < 500:
         raise FlowkitError(
-            "use_dynamic_shifting is set, but set_timesteps() got no mu; pass mu, or make the "
-            "scheduler with use_dynamic_shifting=False and a shift"
+            f"use_dynamic_shifting is set, but set_timesteps() got mu={mu!r}; pass a number, or "
+            "make the scheduler with use_dynamic_shifting=False and a shift"
         )
     shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
     return shift / (shift + (1 / sigmas - 1))
@@ -84,8 +93,13 @@ def vp_times(
     if sigmas is not None:
         times = latents.time_of_sigma(torch.tensor([float(s) for s in sigmas]).double())
     else:
-        given = timesteps is not None
+        given, last = timesteps is not None, latents.path.ends[0]
         wanted = timesteps if timesteps is not None else _positions(config, _count(num_steps))
+        if wanted and not all(0 <= float(t) <= last for t in wanted):
+            raise FlowkitError(
+                f"timesteps must lie in [0, {last:g}], the noise table, got "
+                f"{float(max(wanted)):g} to {float(min(wanted)):g}"
+            )
         times = latents.time(torch.tensor([float(t) for t in wanted]).double())
         if config["use_karras_sigmas"] and not given:
             most, least = (float(latents.sigma(t)) for t in (times[0], times[-1]))
@@ -125,9 +139,9 @@ def _to_data(name: str, num_steps: int | None, sigmas: list[float]) -> list[floa
 
 
 def _count(num_steps: int | None) -> int:
-    if num_steps is None or num_steps < 1:
+    if not isinstance(num_steps, int | np.integer) or num_steps < 1:
         raise FlowkitError(
-            f"set_timesteps() needs num_inference_steps of at least 1, sigmas or timesteps, got "
-            f"num_inference_steps={num_steps}"
+            "set_timesteps() needs sigmas, timesteps or a whole number of num_inference_steps of "
+            f"at least 1, got num_inference_steps={num_steps!r}"
         )
-    return num_steps
+    return int(num_steps)

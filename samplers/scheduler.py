@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -21,11 +20,11 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from flowkit.adapters import alphas_cumprod
 from flowkit.errors import FlowkitError
-from flowkit.pipelines import FlowLatents, VPLatents
+from flowkit.pipelines import FlowLatents
 from flowkit.registry import look_up
 from flowkit.samplers.evaluations import Solver
+from flowkit.samplers.pipeline_config import complete, find_latents
 from flowkit.samplers.pipeline_grids import flow_times, vp_times
 from flowkit.samplers.pipeline_run import PipelineRun
 from flowkit.samplers.solve import (
@@ -104,8 +103,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
             )
         solver = self.fixed_solver or solver or DEFAULT_SOLVER
         self.register_to_config(solver=solver)
-        self.latents = self._find_latents()
+        self.latents = find_latents(self.config)
         self._generator: Any = None  # of the step under way
+        if not isinstance(solver_options, Mapping | None):
+            raise FlowkitError(f"solver_options must be a dict, got {solver_options!r}")
         self._solver, self._options = self._find_solver(solver, dict(solver_options or {}))
         self.order = self._evaluations_per_step()
         self.num_inference_steps: int | None = None
@@ -125,42 +126,12 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         kwargs: options of this class, which come before the config's.
         """
         if isinstance(config, Mapping):
-            config = cls._completed(dict(config), kwargs)
+            config = complete(config)
+            solver = config.get("solver")
+            if solver != (cls.fixed_solver or kwargs.get("solver", solver)):
+                config.pop("solver", None)  # with the options, which are of another
+                config.pop("solver_options", None)
         return super().from_config(config, return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def _completed(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The config with what its own class takes for granted, without another solver's part."""
-        config.pop("_use_default_values", None)
-        origin = getattr(diffusers, str(config.get("_class_name")), None)
-        if inspect.isclass(origin):
-            parameters = inspect.signature(origin.__init__).parameters.values()
-            config = {p.name: p.default for p in parameters if p.default is not p.empty} | config
-        if "sigma_data" in config or config.get("timestep_type") == "continuous":
-            raise FlowkitError(
-                f"{config.get('_class_name', 'the scheduler')} is of a network on EDM's path, "
-                "which this scheduler does not drive; use flowkit.samplers.sample with "
-                "flowkit.adapters.from_diffusers"
-            )
-        solver = config.get("solver")
-        if solver != (cls.fixed_solver or kwargs.get("solver", solver)):
-            config.pop("solver", None)
-            config.pop("solver_options", None)
-        return config
-
-    def _find_latents(self) -> FlowLatents | VPLatents:
-        config: Any = self.config
-        flow = config.use_flow_sigmas or config.prediction_type in (None, "flow_prediction")
-        unsupported = ["use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"]
-        for name in [*unsupported, *(["use_karras_sigmas"] if flow else [])]:
-            if config[name]:
-                raise FlowkitError(
-                    f"{name}=True is not supported here; make the scheduler with {name}=False and "
-                    "give the pipeline sigmas of flowkit.samplers.grids"
-                )
-        if flow:
-            return FlowLatents(config.num_train_timesteps)
-        return VPLatents(alphas_cumprod(config), config.prediction_type)
 
     def _find_solver(self, name: str, options: dict[str, Any]) -> tuple[Solver, dict[str, Any]]:
         """The solver, and its options with those that only a scheduler can know."""
@@ -226,11 +197,13 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
             grid = flow_times(self.latents, self.config, *asked)
         else:
             grid = vp_times(self.latents, self.config, num_inference_steps, sigmas, timesteps)
-        state, self.initial_state = self.initial_state, None
-        options = self._options if state is None else self._options | {"state": state}
+        options = self._options
+        if self.initial_state is not None:
+            options = options | {"state": self.initial_state}
         if self.config["invert"]:
             grid.reverse()
         self._run = PipelineRun(self._solver, options, grid, self.latents)
+        self.initial_state = None
         self._begin_index = None
         # A pipeline that gives sigmas counts timesteps as steps, and slices them by that count.
         self.order = 1 if sigmas is not None else self._evaluations_per_step()
@@ -276,7 +249,11 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
                 "set_timesteps() begins a run"
             )
         if run.index is None:
-            run.begin(self._first_index(timestep), sample)
+            if not sample.is_floating_point():
+                raise FlowkitError(f"latents must be floating-point numbers, got {sample.dtype}")
+            begin = self._first_index(timestep)
+            self._check_timestep(timestep, begin)
+            run.begin(begin, sample)
             self._shape = sample.shape
         self._check_timestep(timestep, run.index or 0)
         if sample.shape != self._shape or model_output.shape != sample.shape:
@@ -299,10 +276,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _first_index(self, timestep: float | Tensor) -> int:
         """Where to begin: where the pipeline said, else at the timestep it comes with."""
+        own = self._run.timesteps if self._run else []
         if self._begin_index is not None:
+            if not 0 <= self._begin_index < len(own):
+                raise FlowkitError(
+                    f"begin_index must lie in [0, {len(own) - 1}], got {self._begin_index}"
+                )
             return self._begin_index
         wanted = float(torch.as_tensor(timestep).reshape(-1)[0])
-        own = self._run.timesteps if self._run else []
         return next((i for i, known in enumerate(own) if abs(known - wanted) < _SAME), 0)
 
     def _check_timestep(self, timestep: float | Tensor, index: int) -> None:

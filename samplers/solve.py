@@ -157,7 +157,10 @@ def evaluation_times(solver: str | Solver, times: Sequence[float], **options: An
     found = find_solver(solver, options)
     if is_adaptive(found):
         raise FlowkitError(f"solver {solver!r} chooses its times as it goes; run it to know them")
-    return list(_dry_run(found, [float(t) for t in times], options))
+    grid = list(times)
+    falling = len(grid) > 1 and grid[0] > grid[-1]
+    grid = _checked(grid[::-1] if falling else grid, "or fall all the way, to invert")
+    return list(_dry_run(found, grid[::-1] if falling else grid, options))
 
 
 def find_solver(solver: str | Solver, options: Mapping[str, Any]) -> Solver:
@@ -209,6 +212,9 @@ def _drive(
     options: dict[str, Any],
 ) -> Result:
     run = find_solver(solver, options)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise FlowkitError(f"the state must be a tensor of floating-point numbers, got {kind}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if callback and is_adaptive(run):
         raise FlowkitError(
@@ -257,16 +263,21 @@ class _Visits:
         edited = self.callback(Step(index, len(self.grid) - 1, self.grid[index], x))
         if edited is None:
             return x
-        if edited.shape != x.shape:
+        if not isinstance(edited, Tensor) or edited.shape != x.shape:
+            got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
             raise FlowkitError(
-                f"the callback must return a state of shape {tuple(x.shape)} or None, "
-                f"got {tuple(edited.shape)}"
+                f"the callback must return a state of shape {tuple(x.shape)} or None, got {got}"
             )
         return edited.to(x)
 
 
 def _velocity(velocity: Velocity, x: Tensor, t: float) -> Tensor:
     v = velocity(x, t)
+    if not isinstance(v, Tensor):
+        raise FlowkitError(
+            f"the velocity must return a tensor, got {type(v).__name__}; networks of diffusers and "
+            "others become velocities in flowkit.adapters"
+        )
     if v.shape != x.shape:
         raise FlowkitError(
             f"the velocity must have the state's shape {tuple(x.shape)}, got {tuple(v.shape)} "
@@ -276,7 +287,13 @@ def _velocity(velocity: Velocity, x: Tensor, t: float) -> Tensor:
 
 
 def _checked(times: Sequence[float], hint: str) -> list[float]:
-    grid = [float(t) for t in times]
+    try:
+        grid = [float(t) for t in times]
+    except (TypeError, ValueError):
+        raise FlowkitError(
+            "times must be numbers in [0, 1], such as flowkit.samplers.grids.power(10), "
+            f"got {times!r}"
+        ) from None
     if len(grid) < 2:
         raise FlowkitError(f"times must hold at least a start and an end, got {grid}")
     if not (grid[0] >= 0 and grid[-1] <= 1 and all(t < s for t, s in pairwise(grid))):

@@ -135,7 +135,7 @@ class TestIdentities:
     @pytest.mark.parametrize("options", ALL, ids=named)
     def test_order_one_is_euler(self, options, start: Tensor) -> None:
         for run, times in ((sample, grids.shifted(6, 0.5)), (invert, UNEVEN)):
-            euler = run(MIXTURE, start, times).x
+            euler = run(MIXTURE, start, times, "euler").x
             found = run(MIXTURE, start, times, solver=deis, order=1, **options).x
             torch.testing.assert_close(found, euler, rtol=0, atol=1e-12)
 
@@ -274,7 +274,7 @@ class TestEnds:
     @pytest.mark.parametrize("options", ALL, ids=named)
     def test_one_step_is_euler(self, options, start: Tensor) -> None:
         for run in (sample, invert):
-            euler = run(MIXTURE, start, [0.0, 1.0]).x
+            euler = run(MIXTURE, start, [0.0, 1.0], "euler").x
             assert torch.equal(run(MIXTURE, start, [0.0, 1.0], deis, order=3, **options).x, euler)
 
     @pytest.mark.parametrize(
@@ -290,7 +290,8 @@ class TestEnds:
         steps: list[Step] = []
         end = run(MIXTURE, start, times, deis, order=3, callback=steps.append, **options).x
         before = steps[-2].x
-        euler = run(MIXTURE, before, [times[0], times[1]] if run is invert else times[-2:]).x
+        ends = [times[0], times[1]] if run is invert else times[-2:]
+        euler = run(MIXTURE, before, ends, "euler").x
         torch.testing.assert_close(end, euler)
 
     def test_what_was_predicted_at_infinite_rho_is_left_out(self, start: Tensor) -> None:

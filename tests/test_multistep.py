@@ -306,7 +306,7 @@ class TestAbm:
         edited = sample(field, torch.zeros(2, dtype=torch.float64), times, abm, callback=move).x
         torch.testing.assert_close(edited, plain + shift)
 
-    @pytest.mark.parametrize("order", [1, 5, 2.5])
-    def test_other_orders_are_refused(self, order: float) -> None:
+    @pytest.mark.parametrize("order", [1, 5])
+    def test_other_orders_are_refused(self, order: int) -> None:
         with pytest.raises(FlowkitError, match="orders 2, 3 and 4, got order="):
             sample(Gaussian(), torch.zeros(2), [0.0, 1.0], abm, order=order)

@@ -181,6 +181,18 @@ class TestCallback:
         for t in (first, before_last):  # the velocity is that of the edited state
             assert any(time == t and value == pytest.approx(2 - 1.5 * t) for time, value in seen)
 
+    @pytest.mark.parametrize("solver", STEPPING)
+    def test_an_edit_in_place_is_one_that_is_returned(self, solver: str) -> None:
+        def in_place(step: Step) -> None:
+            step.x.mul_(0.5 if step.index == 2 else 1.0)
+
+        def returned(step: Step) -> Tensor | None:
+            return 0.5 * step.x if step.index == 2 else None
+
+        x, run = torch.ones(2, 3, dtype=torch.float64), on(solver, 5)
+        found = sample(MIXTURE, x.clone(), **run, callback=in_place).x
+        torch.testing.assert_close(found, sample(MIXTURE, x, **run, callback=returned).x)
+
     def test_one_edit_in_the_middle_changes_the_end(self) -> None:
         def reset(step: Step) -> Tensor | None:
             return torch.ones_like(step.x) if step.index == 2 else None
@@ -264,6 +276,38 @@ class TestBadInput:
     def test_inversion_takes_increasing_times_too(self) -> None:
         with pytest.raises(FlowkitError, match="runs them backwards itself"):
             invert(Gaussian(), torch.zeros(2), [1.0, 0.0])
+
+    @pytest.mark.parametrize("times", [10, None, "uniform"])
+    def test_times_that_are_none(self, times: Any) -> None:
+        with pytest.raises(FlowkitError, match="times must be numbers in"):
+            sample(Gaussian(), torch.zeros(2), times)
+
+    def test_a_dry_run_on_times_that_turn(self) -> None:
+        with pytest.raises(FlowkitError, match="or fall all the way, to invert"):
+            evaluation_times("euler", [0.0, 0.5, 0.5, 1.0])
+
+    @pytest.mark.parametrize("noise", [torch.zeros(2, dtype=torch.long), [0.0, 1.0]])
+    def test_noise_that_is_no_floating_point_tensor(self, noise: Any) -> None:
+        with pytest.raises(FlowkitError, match="must be a tensor of floating-point numbers, got"):
+            sample(Gaussian(), noise, [0.0, 1.0])
+
+    def test_a_velocity_that_is_no_tensor(self) -> None:
+        with pytest.raises(FlowkitError, match="velocity must return a tensor, got tuple"):
+            sample(lambda x, t: (x,), torch.zeros(2), [0.0, 1.0])
+
+    @pytest.mark.parametrize(
+        "solver, options, message",
+        [
+            ("bdia", {"gamma": "1"}, "'bdia' takes float as gamma, got '1'"),
+            ("abm", {"order": 3.0}, "'abm' takes int as order, got 3.0"),
+            ("ab4", {"midpoint_first": 1}, "takes bool as midpoint_first, got 1"),
+            ("abm", {"order": True}, "takes int as order, got True"),
+            ("deis", {"method": None}, "takes str as method, got None"),
+        ],
+    )
+    def test_options_of_another_type(self, solver: str, options: Any, message: str) -> None:
+        with pytest.raises(FlowkitError, match=message):
+            sample(Gaussian(), torch.zeros(2), [0.0, 1.0], solver, **options)
 
     def test_unknown_solver(self) -> None:
         with pytest.raises(FlowkitError, match="unknown solver 'mid_point', did you mean 'mid"):

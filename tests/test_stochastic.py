@@ -145,7 +145,7 @@ class TestEdmHeun:
 
     def test_one_and_two_steps_from_zero_are_euler_s(self, start: Tensor) -> None:
         for n in (1, 2):
-            euler = sample(A, start, grids.uniform(n)).x
+            euler = sample(A, start, grids.uniform(n), "euler").x
             assert torch.equal(sample(A, start, grids.uniform(n), edm_heun).x, euler)
 
     def test_churn_keeps_the_distribution(self) -> None:
@@ -264,7 +264,7 @@ class TestSde:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_without_diffusion_is_euler(self, dtype: torch.dtype, start: Tensor) -> None:
         for times in (grids.uniform(9), grids.edm(9)):
-            euler = sample(A, start.to(dtype), times).x
+            euler = sample(A, start.to(dtype), times, "euler").x
             assert torch.equal(sample(A, start.to(dtype), times, sde, diffusion_norm=0.0).x, euler)
 
     def test_forgets_the_start(self) -> None:
