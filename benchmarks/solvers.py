@@ -3,8 +3,8 @@
   python benchmarks/solvers.py                 analytic flows alone: a minute
   python benchmarks/solvers.py runs/flow/model and a trained flow, as trainers/flow.py leaves it
 
-The stochastic solvers (sde, consistency), the adaptive dopri5 and the wrapper dual_fast have no row:
-they have no order, no NFE of their own, or the order of their base.
+The stochastic solvers (sde, consistency), the adaptive dopri5 and the wrapper dual_fast have no
+row: they have no order, no NFE of their own, or the order of their base.
 
 Errors are root mean squares over the batch, against a reference of many small steps.  Our grids
 are uniform unless the row says otherwise; diffusers' schedulers have their own default grid.
