@@ -43,10 +43,11 @@ def dpmpp_2m(x: Tensor, times: Sequence[float], *, variant: str = "midpoint") ->
 
 
 def dpmpp_3m(x: Tensor, times: Sequence[float]) -> Evaluations:
-    """DPM-Solver++(3M): order 3 after its first two steps, 1 NFE per step, with the exact weights.
+    """DPM-Solver++(3M) with the exact weights, 1 NFE per step: order 3, which its Euler start and
+    the singular ends of [0, 1] hold down to 2.
 
     It is UniPC's predictor of order 3.  The authors' code, and diffusers after it, takes half of
-    the second derivative, which leaves order 2.
+    the second derivative, which leaves order 2 anywhere.
     """
     return (yield from adams(x, times, 3, quantity=to_data, weights=exact_weights))
 

@@ -51,8 +51,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
     grid_power: where a pipeline passes no sigmas, sigma = (1 - i/N)^grid_power before the shift;
     1 is uniform, 1.5 suits the default solver at few steps.  prediction_type: None or
     "flow_prediction" for flow models, else what the network of a VP path predicts.
-    The rest has diffusers' names and meaning.  A VP grid always ends on the data; `clip_sample`
-    and `thresholding` do not apply to an ODE.
+    The rest has diffusers' names and meaning, but a VP grid always ends on the data, and
+    `clip_sample` and `thresholding` do not apply to an ODE.
     Latents keep the pipeline's dtype, the solver's state is float32 (float64 in float64).
     `state` is what the solver left for running back; set `initial_state` to start from one.
     Raises FlowkitError for a solver or option that is unknown, an adaptive solver, a prediction

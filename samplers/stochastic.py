@@ -67,8 +67,8 @@ def edm_heun(
     s_noise: float = 1.003,
     draw: Draw | None = None,
 ) -> Evaluations:
-    """Order 2, 2 NFE per step: Heun in sigma = (1 - t) / t, for x / t (Karras et al., 2022,
-    arXiv:2206.00364, alg. 2); meant for grids.edm.
+    """Order 2 where 0 < t < 1, 2 NFE per step: Heun in sigma = (1 - t) / t, for x / t (Karras et
+    al., 2022, arXiv:2206.00364, alg. 2); meant for grids.edm.
 
     As d(x / t)/dsigma is the predicted noise x - t v,  x_s = x_t + (s - t) v + (1 - s/t)/2 (noise_s
     - noise_t), noise_s at the end of Euler's step.  A step that touches t = 1 is Euler's, as in
