@@ -163,6 +163,7 @@ def _diffusion(
 _MODELS: dict[str, Callable[[Any, dict[str, Any] | None], VelocityModel]] = {
     "flowkit.MLP": _native,
     "flowkit.DiT": _native,
+    "flowkit.DDT": _native,
     "diffusers.SD3Transformer2DModel": _flow_transformer,
     "diffusers.SanaTransformer2DModel": _flow_transformer,
     "diffusers.FluxTransformer2DModel": _flux,

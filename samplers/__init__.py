@@ -4,6 +4,7 @@ schedulers that put the same solvers into diffusers pipelines."""
 from __future__ import annotations
 
 from flowkit.samplers.editing import edit, edit_latents, reconstruct
+from flowkit.samplers.encoder_sharing import shared_encoder
 from flowkit.samplers.named_schedulers import (
     AB2Scheduler,
     BDIADDIMScheduler,
@@ -15,6 +16,7 @@ from flowkit.samplers.named_schedulers import (
     UniPCFlowScheduler,
 )
 from flowkit.samplers.scheduler import FlowScheduler
+from flowkit.samplers.sharing import optimal_sharing
 from flowkit.samplers.solve import Result, Step, evaluation_times, invert, sample
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "edit_latents",
     "evaluation_times",
     "invert",
+    "optimal_sharing",
     "reconstruct",
     "sample",
+    "shared_encoder",
 ]

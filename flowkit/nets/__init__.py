@@ -1,4 +1,4 @@
-"""flowkit's own networks: MLP, DiT, NCSN++/DDPM++ and ADM, as diffusers models.
+"""flowkit's own networks: MLP, DiT, DDT, NCSN++/DDPM++ and ADM, as diffusers models.
 
 The classes load on first use, so that importing this package does not import torch; PRESETS
 names published architectures.
@@ -11,9 +11,9 @@ from typing import Any
 
 from flowkit.nets.presets import PRESETS
 
-__all__ = ["ADM", "MLP", "PRESETS", "DiT", "NCSNpp"]  # noqa: F822 - see __getattr__
+__all__ = ["ADM", "DDT", "MLP", "PRESETS", "DiT", "NCSNpp"]  # noqa: F822 - see __getattr__
 
-_HOME = {"ADM": "adm", "DiT": "dit", "MLP": "mlp", "NCSNpp": "ncsnpp"}
+_HOME = {"ADM": "adm", "DDT": "ddt", "DiT": "dit", "MLP": "mlp", "NCSNpp": "ncsnpp"}
 
 
 def __getattr__(name: str) -> Any:

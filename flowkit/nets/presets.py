@@ -27,6 +27,21 @@ def _dit(hidden_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
     }
 
 
+def _ddt(hidden_size: int, encoder: int, decoder: int, num_heads: int) -> dict[str, Any]:
+    """The same latents and patches."""
+    return {
+        "class": "DDT",
+        "sample_size": 32,
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": hidden_size,
+        "num_encoder_layers": encoder,
+        "num_decoder_layers": decoder,
+        "num_heads": num_heads,
+        "num_classes": 1000,
+    }
+
+
 def _ddpmpp(
     size: int, mult: list[int], *, model_channels: int = 128, num_blocks: int = 4
 ) -> dict[str, Any]:
@@ -58,6 +73,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dit-b2": _dit(768, 12, 12),  # 130 M
     "dit-l2": _dit(1024, 24, 16),  # 458 M
     "dit-xl2": _dit(1152, 28, 16),  # 675 M
+    # Wang et al., 2025, arXiv:2504.05741
+    "ddt-b2": _ddt(768, 8, 4, 12),  # 130 M
+    "ddt-l2": _ddt(1024, 20, 4, 16),  # 458 M
+    "ddt-xl2": _ddt(1152, 22, 6, 16),  # 675 M
     # Karras et al., 2022, arXiv:2206.00364; Lee et al., 2024, arXiv:2405.20320
     "ddpmpp-cifar10": _ddpmpp(32, [2, 2, 2]),  # 55.7 M
     "ncsnpp-cifar10": _ddpmpp(32, [2, 2, 2]) | _NCSNPP,
