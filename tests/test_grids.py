@@ -230,11 +230,11 @@ class TestFromList:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: grids.uniform(0), "at least one step, got num_steps=0"),
-        (lambda: grids.edm(0), "at least one step"),
+        (lambda: grids.uniform(0), "whole number of steps, at least one, got num_steps=0"),
+        (lambda: grids.edm(0), "a whole number of steps"),
         (lambda: grids.power(3, 0.0), "exponent must be positive, got 0.0"),
         (lambda: grids.power(3, 60.0), "too close"),
-        (lambda: grids.log_snr(0), "at least one step"),
+        (lambda: grids.log_snr(0), "a whole number of steps"),
         (lambda: grids.from_start(1.0, 3), r"\[0, 1\), got 1.0"),
         (lambda: grids.shifted(3, 0.0), "shift must be positive"),
         (lambda: grids.shifted(3, math.nan), "shift must be positive"),
