@@ -19,7 +19,7 @@ from flowkit.errors import FlowkitError
 from flowkit.pipelines import FlowLatents, VPLatents
 from flowkit.samplers import grids
 
-__all__ = ["flow_times", "vp_times"]
+__all__ = ["flow_times", "own_times", "vp_times"]
 
 
 def flow_times(
@@ -62,6 +62,23 @@ def flow_times(
             + f", mu={mu!r}, {len(times) - 1} steps"
         )
     return times
+
+
+def own_times(
+    times: Sequence[float],
+    num_steps: int | None,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+) -> list[float]:
+    """The scheduler's own grid, for a pipeline that asks for as many steps; FlowkitError else."""
+    given = sigmas if sigmas is not None else timesteps
+    asked = num_steps if given is None else len(given)
+    if asked != len(times) - 1:
+        raise FlowkitError(
+            f"this scheduler has its own times, of {len(times) - 1} steps, and the pipeline asked "
+            f"for {asked}; pass num_inference_steps={len(times) - 1}"
+        )
+    return [float(t) for t in times]
 
 
 def _shift(sigmas: np.ndarray, config: Mapping[str, Any], mu: float | None) -> np.ndarray:

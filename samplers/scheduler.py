@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ from flowkit.pipelines import FlowLatents
 from flowkit.registry import look_up
 from flowkit.samplers.evaluations import Solver
 from flowkit.samplers.pipeline_config import complete, find_latents
-from flowkit.samplers.pipeline_grids import flow_times, vp_times
+from flowkit.samplers.pipeline_grids import flow_times, own_times, vp_times
 from flowkit.samplers.pipeline_run import PipelineRun
+from flowkit.samplers.schedule_file import Schedule
 from flowkit.samplers.solve import (
     DEFAULT_SOLVER,
     SOLVERS,
@@ -49,7 +51,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
     solver_options: its keyword options.  invert: run from the pictures (given as `latents`) to
     the noise.  sigmas_are_final: sigmas that a pipeline passes are kept as they are, unshifted.
     grid_power: where a pipeline passes no sigmas, sigma = (1 - i/N)^grid_power before the shift;
-    1 is uniform, 1.5 suits the default solver at few steps.  prediction_type: None or
+    1 is uniform, 1.5 suits the default solver at few steps.  times: the grid in flowkit's t,
+    whatever a pipeline asks; it must ask for as many steps.  prediction_type: None or
     "flow_prediction" for flow models, else what the network of a VP path predicts.
     The rest has diffusers' names and meaning, but a VP grid always ends on the data, and
     `clip_sample` and `thresholding` do not apply to an ODE.
@@ -76,6 +79,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         invert: bool = False,
         sigmas_are_final: bool = False,
         grid_power: float = 1.0,
+        times: list[float] | None = None,
         num_train_timesteps: int = 1000,
         prediction_type: str | None = None,
         shift: float = 1.0,
@@ -132,6 +136,18 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
                 config.pop("solver", None)  # with the options, which are of another
                 config.pop("solver_options", None)
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_schedule(
+        cls, file: str | os.PathLike[str], config: Any = None, **kwargs: Any
+    ) -> FlowScheduler:
+        """The scheduler of a searched schedule's solver, on its times to the last digit.
+
+        config: of the pipeline's own scheduler; a flow pipeline may go without.
+        """
+        found = Schedule.load(file)
+        kwargs |= {"solver": found.solver, "solver_options": found.solver_options}
+        return cls.from_config(config or {}, times=list(found.times), **kwargs)
 
     def _find_solver(self, name: str, options: dict[str, Any]) -> tuple[Solver, dict[str, Any]]:
         """The solver, and its options with those that only a scheduler can know."""
@@ -192,7 +208,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if sigmas is not None and timesteps is not None:
             raise FlowkitError("set_timesteps() takes sigmas or timesteps, got both")
-        if isinstance(self.latents, FlowLatents):
+        if self.config["times"]:
+            grid = own_times(self.config["times"], num_inference_steps, sigmas, timesteps)
+        elif isinstance(self.latents, FlowLatents):
             asked = num_inference_steps, sigmas, mu, timesteps
             grid = flow_times(self.latents, self.config, *asked)
         else:

@@ -29,6 +29,7 @@ from flowkit.samplers.few_step import consistency, rfpp
 from flowkit.samplers.multistep import ab2, ab3, ab4, abm, fireflow
 from flowkit.samplers.runge_kutta import euler, heun, midpoint, rk4
 from flowkit.samplers.stochastic import edm_heun, sde
+from flowkit.samplers.unified import unified
 from flowkit.velocity import Velocity
 
 __all__ = [
@@ -72,6 +73,7 @@ SOLVERS: dict[str, Solver] = {
     "dopri5": dopri5,
     "rfpp": rfpp,
     "consistency": consistency,
+    "unified": unified,
 }
 
 DEFAULT_SOLVER = "abm"
