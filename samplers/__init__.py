@@ -1,10 +1,16 @@
-"""Solvers, time grids and densities of t, the driver that samples with them and inverts, and the
-schedulers that put the same solvers into diffusers pipelines."""
+"""Solvers, time grids and densities of t, the driver that samples with them and inverts, the
+schedulers that put the same solvers into diffusers pipelines, and caches of network features."""
 
 from __future__ import annotations
 
 from flowkit.samplers.editing import edit, edit_latents, reconstruct
 from flowkit.samplers.encoder_sharing import shared_encoder
+from flowkit.samplers.gated import (
+    cg_taylor,
+    enable_cg_taylor,
+    enable_first_block_cache,
+    first_block_cache,
+)
 from flowkit.samplers.named_schedulers import (
     AB2Scheduler,
     BDIADDIMScheduler,
@@ -18,6 +24,12 @@ from flowkit.samplers.named_schedulers import (
 from flowkit.samplers.scheduler import FlowScheduler
 from flowkit.samplers.sharing import optimal_sharing
 from flowkit.samplers.solve import Result, Step, evaluation_times, invert, sample
+from flowkit.samplers.taylor import (
+    enable_step_rehash,
+    enable_taylorseer,
+    step_rehash,
+    taylorseer,
+)
 
 __all__ = [
     "AB2Scheduler",
@@ -31,12 +43,20 @@ __all__ = [
     "Result",
     "Step",
     "UniPCFlowScheduler",
+    "cg_taylor",
     "edit",
     "edit_latents",
+    "enable_cg_taylor",
+    "enable_first_block_cache",
+    "enable_step_rehash",
+    "enable_taylorseer",
     "evaluation_times",
+    "first_block_cache",
     "invert",
     "optimal_sharing",
     "reconstruct",
     "sample",
     "shared_encoder",
+    "step_rehash",
+    "taylorseer",
 ]

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from flowkit.errors import FlowkitError
 from flowkit.registry import check_options, look_up
 from flowkit.samplers.adaptive import ADAPTIVE, dopri5
+from flowkit.samplers.current_run import Run, under_way
 from flowkit.samplers.dpm import dpmpp_2m, dpmpp_3m, unipc
 from flowkit.samplers.dual import dual_fast
 from flowkit.samplers.evaluations import Evaluations, Solver
@@ -225,7 +226,8 @@ def _drive(
         )
     visit = _Visits(callback, grid, run, options) if callback else None
     evaluations, reply, nfe = run(x, grid, **options), None, 0
-    with tqdm(total=len(grid) - 1, disable=not progress, unit="step") as bar:
+    bar = tqdm(total=len(grid) - 1, disable=not progress, unit="step")
+    with bar, under_way(Run(run, grid, options)):
         while True:
             try:
                 x, t = evaluations.send(reply)  # type: ignore[arg-type]  # None starts it
