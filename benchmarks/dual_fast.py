@@ -47,7 +47,9 @@ class Digits:
         data = load_data("digits", "test")
         self.model, self.shape = from_diffusers(folder), data.shape
         self.extractors = [load_extractor(name) for name in FEATURES]
-        self.references = [picture_moments(data, extractor) for extractor in self.extractors]
+        self.references = [
+            picture_moments(data, extractor).moments for extractor in self.extractors
+        ]
         self.alone: dict[tuple[str, int, int], list[float]] = {}
 
     @torch.inference_mode()

@@ -1,8 +1,12 @@
-"""Few-step quality of a flow: Fréchet distances at several numbers of solver steps, streamed."""
+"""Few-step quality of a flow: Fréchet distances at several numbers of solver steps, streamed.
+
+Pictures are measured as levels 0..255, those that a file would hold, as eval/fid.py does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,22 +14,52 @@ from torch import Tensor
 
 from flowkit.errors import FlowkitError
 from flowkit.eval.features import Extractor
-from flowkit.eval.frechet import FrechetMoments, frechet_distance
+from flowkit.eval.frechet import Frechet, FrechetMoments, frechet_parts
+from flowkit.eval.picture_rules import digests_of, pictures_sha256
 from flowkit.noise import keyed_noise
+from flowkit.pictures import to_uint8
 from flowkit.samplers import sample
 from flowkit.samplers.grids import from_start
 from flowkit.velocity import Velocity
 
-__all__ = ["few_step_distances", "picture_moments"]
+__all__ = ["FewSteps", "MeasuredPictures", "few_step_distances", "picture_moments"]
 
 
-def picture_moments(data: Any, extractor: Extractor, *, chunk_size: int = 500) -> FrechetMoments:
-    """Moments of a data set's features; data: flowkit.data.ImageData or anything with its fetch."""
-    moments = FrechetMoments()
+class MeasuredPictures:
+    """Moments of pictures that arrive in batches, and a hash of their levels."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor, self.moments = extractor, FrechetMoments()
+        self._digests: list[Tensor] = []
+
+    def update(self, pictures: Tensor) -> None:
+        """Add pictures (B, C, H, W) in [-1, 1]; FlowkitError when one is not finite."""
+        levels = to_uint8(pictures)
+        self.moments.update(self.extractor(levels))
+        self._digests.append(digests_of(levels))
+
+    @property
+    def sha256(self) -> str:
+        """Over the pictures' own hashes, in order: the same however they were batched."""
+        return pictures_sha256(torch.cat(self._digests))
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """What a number of Euler steps gives.  samples_sha256: of all pictures' levels."""
+
+    steps: int
+    distance: Frechet
+    samples_sha256: str
+
+
+def picture_moments(data: Any, extractor: Extractor, *, chunk_size: int = 500) -> MeasuredPictures:
+    """A data set's pictures, measured; data: flowkit.data.ImageData or anything with its fetch."""
+    seen = MeasuredPictures(extractor)
     for start in range(0, len(data), chunk_size):
         rows = range(start, min(start + chunk_size, len(data)))
-        moments.update(extractor(data.fetch(rows)["data"]))
-    return moments
+        seen.update(data.fetch(rows)["data"])
+    return seen
 
 
 @torch.no_grad()
@@ -43,32 +77,35 @@ def few_step_distances(
     device: torch.device | str = "cpu",
     decode: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> list[float]:
+) -> list[FewSteps]:
     """Fréchet distance to `reference` of the pictures that each number of Euler steps makes.
 
     velocity_of: the flow for the samples of a range of indices, their conditioning fixed.
     shape: of one sample.  start: the time to start at, from (1 - start) * noise.
     decode: latents to pictures.  progress: told how many samples were made.
     Sample i's noise is keyed_noise(seed, [i], shape); chunks have a fixed size, so the numbers do
-    not depend on what else is running.  Returns one distance per entry of nfe.
+    not depend on what else is running.  Returns one result per entry of nfe.
     FlowkitError: nothing to measure, or pictures that are not finite.
     """
     if num_samples < 2 or min(nfe, default=0) < 1:
         raise FlowkitError(f"need 2 samples and 1 step or more, got {num_samples} and nfe={nfe}")
-    moments = [FrechetMoments() for _ in nfe]
+    measured = [MeasuredPictures(extractor) for _ in nfe]
     for first in range(0, num_samples, chunk_size):
         indices = range(first, min(first + chunk_size, num_samples))
         velocity = velocity_of(indices)
         noise = (1 - start) * keyed_noise(seed, indices, shape).to(device)
-        for steps, seen in zip(nfe, moments, strict=True):
+        for steps, seen in zip(nfe, measured, strict=True):
             x = sample(velocity, noise, from_start(start, steps), solver="euler").x
             pictures = x if decode is None else decode(x)
-            if not pictures.isfinite().all():  # clamping would hide an infinity
+            if not pictures.isfinite().all():
                 raise FlowkitError(
                     f"the flow makes pictures that are not finite in {steps} steps "
                     f"(samples {indices.start} to {indices.stop - 1}); check the model's weights"
                 )
-            seen.update(extractor(pictures.clamp(-1, 1)))
+            seen.update(pictures)
             if progress is not None:
                 progress(len(indices))
-    return [frechet_distance(seen, reference) for seen in moments]
+    return [
+        FewSteps(steps, frechet_parts(seen.moments, reference), seen.sha256)
+        for steps, seen in zip(nfe, measured, strict=True)
+    ]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flowkit.errors import FlowkitError
 
-__all__ = ["UNREADABLE", "FilePictures", "channels_first", "one_line", "resized"]
+__all__ = ["UNREADABLE", "FilePictures", "channels_first", "one_line", "resized", "to_uint8"]
 
 # What Pillow, numpy and zipfile raise over a file that is not whole, or not of the kind it claims.
 UNREADABLE = (
@@ -124,6 +124,19 @@ def resized(levels: Tensor, size: int, peak: int = 255) -> Tensor:
         out = F.interpolate(scaled, (size, size), mode="bicubic", antialias=True)
         parts.append(out.round_().clamp_(0, 255).to(torch.uint8))
     return torch.cat(parts)
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Floats in [-1, 1] of any shape as levels 0..255: 127.5 x + 127.5, rounded half up, clamped.
+
+    FlowkitError: a value is not finite, which as a level would pass for black.
+    """
+    if bad := int((~pictures.isfinite()).sum()):
+        raise FlowkitError(
+            f"{bad} of {pictures.numel()} pixel values are not finite; check the model's weights"
+        )
+    levels = pictures.to(torch.promote_types(pictures.dtype, torch.float32)) * 127.5
+    return levels.add_(128).clamp_(0, 255).to(torch.uint8)
 
 
 def one_line(error: Exception) -> str:

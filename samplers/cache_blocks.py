@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkit.errors import FlowkitError
-from flowkit.velocity import VelocityModel
+from flowkit.velocity import VelocityModel, guided
 
 __all__ = [
     "Act",
@@ -42,7 +42,12 @@ _NOT_BRANCH = re.compile(r"norm|act|gate|mod|embed|drop")
 
 
 def bare_model(source: Any) -> nn.Module:
-    """The network that is cached: a pipeline's, an adapter's, a compiled one's, or the module."""
+    """The network that is cached: a pipeline's, a velocity's, a compiled one's, or the module."""
+    if isinstance(source, guided):
+        found = bare_model(source.conditional)
+        if bare_model(source.unconditional) is not found:
+            raise FlowkitError("this guidance has two networks; enable a cache on each of them")
+        return found
     if not isinstance(source, nn.Module):
         for name in ("transformer", "unet", "net", "velocity"):
             inner = getattr(source, name, None)

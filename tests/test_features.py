@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torchvision.transforms.functional import gaussian_blur
 
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
-from flowkit.eval import frechet_distance, load_extractor
-from flowkit.eval.features import DIGITS_WEIGHTS, DigitsNet, ResNet20
+from flowkit.eval import Extractor, frechet_distance, load_extractor
+from flowkit.eval.features import DIGITS_WEIGHTS, DigitsNet, ResNet20, ResNet56
+from flowkit.pictures import to_uint8
 
 
 def _digits(split: str) -> Tensor:
@@ -54,13 +56,19 @@ def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert features.id == "my_features:flat"
 
 
-def test_pictures_may_be_of_any_float_dtype_but_not_levels() -> None:
+def test_pictures_may_be_of_any_float_dtype() -> None:
     features, pictures = load_extractor("digits"), _digits("test")[:9]
     for dtype in (torch.float64, torch.bfloat16):
         found = features(pictures.to(dtype))  # x / 8 - 1 has few digits: exact in bfloat16
         assert torch.equal(found, features(pictures)) and found.dtype == torch.float32
-    with pytest.raises(FlowkitError, match="floats in .* got torch.uint8"):
-        features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_levels_are_the_floats_they_stand_for() -> None:
+    features, generator = load_extractor("digits"), torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 256, (9, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    assert torch.equal(features(levels), features(levels / 127.5 - 1))
+    with pytest.raises(FlowkitError, match="floats in .* or uint8 levels, got torch.int64"):
+        features(levels.long())
 
 
 def test_a_whole_network_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +130,83 @@ def test_files_that_hold_something_else(tmp_path: Path, name: str, net: str) -> 
 def test_pictures_that_do_not_fit() -> None:
     with pytest.raises(FlowkitError, match=r"'digits@.* \(3, 32, 32\)"):
         load_extractor("digits")(torch.zeros(2, 3, 32, 32))
+
+
+def test_floats_to_levels_round_half_up() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels / 127.5 - 1), levels)
+    assert torch.equal(to_uint8((levels.double() / 127.5 - 1).half()), levels)
+    halves = torch.tensor([-1.0, 0.0, 0.5 / 127.5 - 1, 1.0, 9.0, -9.0], dtype=torch.float64)
+    assert to_uint8(halves).tolist() == [0, 128, 1, 255, 255, 0]
+    x = torch.rand(10**5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(to_uint8(x), (127.5 * x + 128).clamp(0, 255).to(torch.uint8))
+    with pytest.raises(FlowkitError, match="1 of 6 pixel values are not finite"):
+        to_uint8(torch.cat([halves[:5], torch.tensor([torch.inf])]))
+
+
+def test_one_pass_gives_all_parts() -> None:
+    features, pictures = load_extractor("digits"), _digits("test")[:9]
+    parts = features.parts(pictures)
+    assert isinstance(features.net, DigitsNet)
+    assert torch.equal(parts["features"], features(pictures))
+    assert torch.equal(parts["logits"], features.net.classifier(parts["features"]))
+    assert features.dim == 64 and features.preprocessing == "none"
+    digest = hashlib.sha256(DIGITS_WEIGHTS.read_bytes()).hexdigest()
+    assert features.weights_sha256 == digest and features.id == f"digits@{digest[:12]}"
+    pixels = load_extractor("pixels")
+    assert pixels.dim is None and pixels.weights_sha256 == "" and pixels.id == "pixels"
+    assert pixels.parts(pictures).keys() == {"features"} and pixels.dim == 64
+
+
+def test_grey_counts_as_colour_and_transparency_is_refused() -> None:
+    features, pictures = Extractor("resnet", ResNet20(), "cpu"), torch.rand(2, 1, 16, 16) * 2 - 1
+    assert torch.equal(features(pictures), features(pictures.expand(-1, 3, -1, -1)))
+    with pytest.raises(FlowkitError, match=r"take no RGBA pictures, got \(2, 4, 16, 16\); put"):
+        features(pictures.expand(-1, 4, -1, -1))
+    with pytest.raises(FlowkitError, match=r"do not take pictures of shape \(2, 16, 16\)"):
+        features(pictures.expand(-1, 2, -1, -1))
+
+
+def test_weights_of_ones_own_network_are_in_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_linear.py").write_text(
+        "import torch\n"
+        "def net(seed):\n"
+        "    torch.manual_seed(seed)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))\n"
+        "first, again, other = net(0), net(0), net(1)\n"
+        "wrong = torch.nn.Identity()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    first, again, other = (load_extractor(f"my_linear:{n}") for n in ("first", "again", "other"))
+    assert first.weights_sha256 == again.weights_sha256 != other.weights_sha256
+    assert first.id == f"my_linear:first@{first.weights_sha256[:12]}"
+    with pytest.raises(FlowkitError, match=r"turned \(3, 1, 8, 8\) into .*expected \(B, d\)"):
+        load_extractor("my_linear:wrong")(_digits("test")[:3])
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    features, pictures = load_extractor("digits"), _digits("test")[:9]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(features(pictures), features(pictures))
+        found = features(pictures)
+    assert torch.equal(found, features(pictures))
+
+
+def test_resnet56_on_real_pictures(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its accuracy on copies that went through JPEG; on the original pixels it is 0.94."""
+    monkeypatch.setenv("FLOWKIT_DATA", str(data_root))
+    features = load_extractor("cifar-resnet56")
+    assert isinstance(features.net, ResNet56)
+    assert features.weights_sha256.startswith("4bfd9763")
+    rows = load_data("cifar10-jpeg", "test", root=data_root).fetch(range(200))
+    parts = features.parts(rows["data"])
+    assert parts["features"].shape == (200, 112)
+    accuracy = (parts["logits"].argmax(1) == rows["class_labels"]).float().mean()
+    assert 0.78 < accuracy < 0.87
+    levels = (rows["data"][:50] * 127.5 + 127.5).round().to(torch.uint8)
+    torch.testing.assert_close(features(levels), parts["features"][:50], rtol=1e-4, atol=1e-5)
 
 
 def test_resnet20_on_real_pictures(data_root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,24 @@ from tqdm.auto import tqdm
 from flowkit.checkpoint import model_card, push
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
-from flowkit.eval import few_step_distances, load_extractor, picture_moments, straightness
+from flowkit.eval import (
+    FewSteps,
+    Record,
+    few_step_distances,
+    load_extractor,
+    picture_moments,
+    straightness,
+    write_record,
+)
+from flowkit.eval.feature_pass import device_name
+from flowkit.eval.model_source import model_identity
+from flowkit.eval.provenance import versions
+from flowkit.eval.records import canonical_sha256
 from flowkit.eval.report import summary_markdown, write_grid
 from flowkit.files import atomic_file, write_json
 from flowkit.noise import derive_seed, keyed_noise
 from flowkit.samplers.grids import from_start
+from flowkit.schema import to_dict
 from flowkit.trainers.pairing import conditioned, keyed_labels
 from flowkit.trainers.stages import Run
 from flowkit.velocity import Velocity, VelocityModel
@@ -63,6 +77,8 @@ class Comparison:
         options, run = self.options, self.run
         seed = derive_seed(run.options.seed, "evaluate")
         reference = picture_moments(self.reference, self.extractor, chunk_size=CHUNK)
+        title = f"{run.options.data.name}-{options.split}"
+        against = {"name": title, "n": len(self.reference), "sha256": reference.sha256}
         summary: dict[str, Any] = {
             "seed": run.options.seed,
             "nfe": list(options.nfe),
@@ -74,22 +90,65 @@ class Comparison:
         for name, model in models.items():
             work = len(options.nfe) * options.num_samples
             with tqdm(total=work, desc=f"measure {name}", unit="pictures") as bar:
-                distances = few_step_distances(
+                found = few_step_distances(
                     partial(self._labelled, model),
                     run.shape,
                     nfe=options.nfe,
                     num_samples=options.num_samples,
                     seed=seed,
                     extractor=self.extractor,
-                    reference=reference,
+                    reference=reference.moments,
                     start=model.t_min,
                     decode=run.decode,
                     chunk_size=CHUNK,
                     device=run.accelerator.device,
                     progress=bar.update,
                 )
-            summary[name] = {"fd": distances, "straightness": self._straightness(model, seed)}
+            straight = self._straightness(model, seed)
+            summary[name] = {"fd": [one.distance.value for one in found], "straightness": straight}
+            for one in found:
+                self._publish(name, model, one, seed, against, straight)
         return summary
+
+    def _publish(
+        self,
+        name: str,
+        model: VelocityModel,
+        found: FewSteps,
+        seed: int,
+        reference: dict[str, Any],
+        straight: float,
+    ) -> None:
+        """Write a measurement as a record, which the leaderboard ranks."""
+        options, run = self.options, self.run
+        told = to_dict(run.options)
+        record = Record(
+            name=f"{name} euler nfe-{found.steps:04d}",
+            metrics={"fid": found.distance.value},
+            parts={"fid": {"rule": "Fréchet distance of features", **asdict(found.distance)}},
+            convention=self.extractor.preprocessing,
+            extractor=self.extractor.id,
+            reference=reference,
+            num_samples=options.num_samples,
+            seed=seed,
+            seeds=[0, options.num_samples],
+            model=model_identity(str(run.folder / name), model),
+            solver="euler",
+            grid='{"name":"uniform"}',
+            steps=found.steps,
+            nfe=found.steps,
+            nfe_with_guidance=found.steps,
+            labels=None if run.num_classes is None else "random",
+            dtype=str(model.dtype).removeprefix("torch."),
+            chunk_size=CHUNK,
+            samples_sha256=found.samples_sha256,
+            config=told,
+            config_sha256=canonical_sha256(told),
+            versions=versions(),
+            device=device_name(run.accelerator.device),
+            straightness={"per_dim": straight},
+        )
+        write_record(run.folder / "records", record)
 
     def _labelled(self, model: VelocityModel, indices: range) -> Velocity:
         run, labels = self.run, None

@@ -1,0 +1,167 @@
+"""One pass of an extractor over pictures, in kept chunks: what every measure is made of."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowkit.errors import FlowkitError
+from flowkit.eval.features import Extractor
+from flowkit.eval.picture_rules import digests_of
+from flowkit.eval.records import canonical_sha256
+from flowkit.eval.settings import PictureRules
+from flowkit.eval.sources import PictureSet
+from flowkit.eval.streaming import Chunks, share
+from flowkit.files import read_json, write_json
+from flowkit.schema import to_dict
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = [
+    "chunk_tensors",
+    "device_name",
+    "make_accelerator",
+    "pass_identity",
+    "picture_chunks",
+    "refuse_grey",
+    "same_identity",
+]
+
+SHOWN = 64  # pictures of a set that are kept for its grid
+
+# One process measures while the others wait; launchers notice a dead process themselves.
+PATIENCE = timedelta(days=7)
+
+
+def make_accelerator() -> Accelerator:
+    """The processes of this launch; refuses one in which every process would work alone."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world:
+        raise FlowkitError(
+            f"the launcher started {world} processes but accelerate sees "
+            f"{accelerator.num_processes}, so each would work alone; without GPUs, launch with "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+        )
+    return accelerator
+
+
+def chunk_tensors(
+    levels: Tensor, indices: range, extractor: Extractor, parts: Collection[str]
+) -> dict[str, Tensor]:
+    """What a chunk's file holds of its pictures (B, C, H, W), uint8.
+
+    FlowkitError: the extractor does not give a part, or gives numbers that are not finite.
+    """
+    found = extractor.parts(levels)
+    if missing := sorted(set(parts) - found.keys()):
+        raise FlowkitError(
+            f"features {extractor.id!r} give {', '.join(found)}, but no {missing[0]}, which a "
+            "metric needs; leave that metric out, or choose other features"
+        )
+    for part in parts:
+        if not found[part].isfinite().all():
+            raise FlowkitError(
+                f"features {extractor.id!r} are not finite for pictures {indices.start} to "
+                f"{indices.stop - 1}; check the extractor's weights"
+            )
+    tensors = {part: found[part].float() for part in parts} | {"hashes": digests_of(levels)}
+    if indices.start < SHOWN:
+        tensors["pictures"] = levels[: SHOWN - indices.start]
+    return tensors
+
+
+def picture_chunks(
+    pictures: PictureSet,
+    rows: Sequence[int],
+    ranges: Sequence[range],
+    *,
+    extractor: Extractor,
+    parts: Collection[str],
+    folder: str | Path,
+    chunk_size: int,
+    accelerator: Accelerator,
+    progress: bool = True,
+) -> Chunks:
+    """The chunks `ranges` of these rows of a set, as found below `folder` or computed there.
+
+    Every process of the launch calls it; they share the work.
+    """
+    refuse_grey(pictures.shape, extractor, pictures.rules)
+    identity: dict[str, Any] = {
+        "pictures": canonical_sha256(pictures.identity),
+        "rules": to_dict(pictures.rules),
+        "rows": canonical_sha256(list(rows)),
+        **pass_identity(extractor, accelerator.device, chunk_size),
+    }
+    name = re.sub(r"[^\w.+-]+", "-", pictures.name).strip("-.")[-60:]
+    home = Path(folder) / f"{name}-{canonical_sha256(identity)[:12]}"
+    chunks = Chunks(home / "chunks", frozenset(parts))
+    if accelerator.is_main_process:
+        same_identity(home / "identity.json", identity)
+
+    def compute(indices: range) -> None:
+        levels = pictures.fetch([rows[i] for i in indices])
+        chunks.write(indices, chunk_tensors(levels, indices, extractor, parts), {})
+
+    share(
+        ranges, chunks.done, compute,
+        folder=home, accelerator=accelerator, title=f"features of {name}", progress=progress,
+    )  # fmt: skip
+    return chunks
+
+
+def refuse_grey(shape: Sequence[int], extractor: Extractor, rules: PictureRules) -> None:
+    """FlowkitError for grey pictures and a network of colours, until a rule repeats the channel."""
+    if shape[0] == 1 and extractor.preprocessing != "none" and rules.channels == "as_is":
+        raise FlowkitError(
+            f"the pictures are grey and features {extractor.id!r} take colours; say "
+            "rules.channels=rgb to repeat the channel"
+        )
+
+
+def pass_identity(extractor: Extractor, device: torch.device, chunk_size: int) -> dict[str, Any]:
+    """What the last bits of a feature pass depend on."""
+    return {
+        "extractor": extractor.id,
+        "convention": extractor.preprocessing,
+        "chunk_size": chunk_size,
+        "torch": torch.__version__,
+        "device": device_name(device),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's product name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def same_identity(file: Path, identity: dict[str, Any]) -> None:
+    """Write what the chunks beside `file` are of; FlowkitError when they are of something else."""
+    plain: Callable[[Any], str] = canonical_sha256
+    try:
+        stored = read_json(file) if file.is_file() else identity
+    except ValueError:
+        raise FlowkitError(f"{file} is damaged; delete {file.parent} and run again") from None
+    for name, value in identity.items():
+        if plain(stored.get(name)) != plain(value):
+            raise FlowkitError(
+                f"{file.parent} holds chunks of another run: {name} was {stored.get(name)}, "
+                f"now {value}; give another output_dir, or delete that one"
+            )
+    if not file.is_file():
+        write_json(file, identity)

@@ -1,0 +1,180 @@
+"""The run behind eval/fid.py: samples or pictures to chunks of features, and those to records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkit import config
+from flowkit.errors import FlowkitError
+from flowkit.eval.feature_pass import (
+    make_accelerator,
+    pass_identity,
+    picture_chunks,
+    same_identity,
+)
+from flowkit.eval.features import load_extractor
+from flowkit.eval.fid_records import Result, write_results
+from flowkit.eval.metric_table import check_metrics, measure, needs_rows, parts_of
+from flowkit.eval.model_pass import ModelPass
+from flowkit.eval.model_source import ModelSource
+from flowkit.eval.records import Record
+from flowkit.eval.reference_files import Reference, is_statistics, read_statistics
+from flowkit.eval.resize import exact_float32
+from flowkit.eval.sampling_plan import Plan, sampling_plans
+from flowkit.eval.settings import FidConfig
+from flowkit.eval.sources import open_pictures, picked
+from flowkit.eval.streaming import FeatureSet, chunk_ranges
+
+__all__ = ["FidRun"]
+
+SAMPLES = 50_000  # of a model, where num_samples does not say
+# Options that leave finished chunks what they are: a resumed run may be given others.
+MAY_CHANGE = {
+    *("output_dir", "records", "name", "metrics", "metric_options", "manifold_samples"),
+    *("reference", "reference_convention", "reference_dir", "nfe", "num_samples", "repeats"),
+    *("jackknife", "straightness_samples", "straightness_steps", "progress"),
+}
+Sets = list[tuple[Plan | None, list[FeatureSet]]]  # for each plan, a set per seed range
+
+
+class FidRun:
+    """One run of the command.  What can be checked is checked before anything is computed."""
+
+    def __init__(self, options: FidConfig) -> None:
+        if (options.model is None) == (options.pictures is None):
+            raise FlowkitError("say what to measure: either model=... or pictures=...")
+        check_metrics(options)
+        self.options, self.folder = options, Path(options.output_dir)
+        self.accelerator = make_accelerator()
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.extractor = load_extractor(options.features, options.weights, self.device)
+        self.parts = parts_of(options.metrics)
+        if self.is_main:
+            self._check_folder()
+
+    def records(self) -> list[Record]:
+        """Compute what is missing and write the records; empty in all processes but the main."""
+        options = self.options
+        with exact_float32():
+            model = None if options.model is None else self._model()
+            reference = self._reference()
+            sets = self._picture_sets() if model is None else self._model_sets(model)
+            straightness = None if model is None else model.straightness()
+            records = []
+            if self.is_main:
+                results = [self._result(plan, found, reference) for plan, found in sets]
+                records = write_results(
+                    options, results, reference=reference, extractor=self.extractor,
+                    model=None if model is None else model.model,
+                    straightness=straightness, device=self.device,
+                )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+        return records
+
+    def _result(self, plan: Plan | None, sets: list[FeatureSet], reference: Reference) -> Result:
+        measured = [measure(one, reference, self.options, self.device) for one in sets]
+        return Result(plan, sets, measured)
+
+    def _check_folder(self) -> None:
+        """Refuse a folder with anything but chunks of the same options."""
+        file = self.folder / "config.yaml"
+        if file.is_file():
+            try:
+                stored = config.load(FidConfig, file)
+            except FlowkitError:
+                raise FlowkitError(
+                    f"{self.folder} holds a run of another command; choose another output_dir"
+                ) from None
+            difference = config.first_difference(self.options, stored, ignore=MAY_CHANGE)
+            if difference:
+                raise FlowkitError(
+                    f"{self.folder} holds samples of another run: {difference}; give the same "
+                    "options to resume it, or another output_dir"
+                )
+        elif self.folder.is_dir() and any(p.name[0] != "." for p in self.folder.iterdir()):
+            raise FlowkitError(
+                f"{self.folder} is not empty and holds no run of this command; "
+                "choose another output_dir"
+            )
+
+    def _model(self) -> ModelPass:
+        """The model, checked by two of its pictures, and its folder, by what is in it."""
+        options = self.options
+        source = ModelSource(options, self.device)
+        plans = sampling_plans(options, source.start)
+        model = ModelPass(source, plans, self.extractor, self.parts, self.folder, self.accelerator)
+        model.check()
+        if self.is_main:
+            made = {"model": source.identity["sha256"], "shape": list(source.parts.shape)}
+            ours = pass_identity(self.extractor, self.device, options.chunk_size)
+            same_identity(self.folder / "identity.json", made | ours)
+            config.save(options, self.folder / "config.yaml")
+        return model
+
+    def _model_sets(self, model: ModelPass) -> Sets:
+        parts = self._ranges(self.options.num_samples or SAMPLES)
+        model.sample([indices for part in parts for indices in part])
+        return [(p, [FeatureSet(model.chunks(p), part) for part in parts]) for p in model.plans]
+
+    def _picture_sets(self) -> Sets:
+        options = self.options
+        pictures = open_pictures(str(options.pictures), options.rules)
+        count = options.num_samples
+        if options.repeats > 1 and count is None:
+            raise FlowkitError("repeats of pictures need num_samples, the size of each part")
+        wanted = None if count is None else count * options.repeats
+        rows = picked(len(pictures), wanted, options.seed, pictures.name)
+        if len(rows) < 2:
+            raise FlowkitError(f"{pictures.name} has {len(rows)} picture; measuring needs two")
+        # Each part a draw of its own, not a stretch of the sorted names.
+        shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
+        rows = [rows[i] for i in shuffle.tolist()]
+        parts = self._ranges(count or len(rows))
+        if self.is_main:
+            config.save(options, self.folder / "config.yaml")
+        chunks = picture_chunks(
+            pictures, rows, [indices for part in parts for indices in part],
+            extractor=self.extractor, parts=self.parts,
+            folder=self.folder / "chunks", chunk_size=options.chunk_size,
+            accelerator=self.accelerator, progress=options.progress,
+        )  # fmt: skip
+        return [(None, [FeatureSet(chunks, part) for part in parts])]
+
+    def _ranges(self, count: int) -> list[list[range]]:
+        """The chunks of each seed range."""
+        size, repeats = self.options.chunk_size, self.options.repeats
+        return [chunk_ranges(part * count, (part + 1) * count, size) for part in range(repeats)]
+
+    def _reference(self) -> Reference:
+        options, name = self.options, self.options.reference
+        if not is_statistics(name):
+            title, found = self._reference_features(self.parts)
+            return Reference(title, len(found), found.sha256(), found.moments, found.rows)
+
+        def own() -> Callable[[str], Tensor]:
+            return self._reference_features(["features"])[1].rows
+
+        return read_statistics(
+            name, self.extractor, convention=options.reference_convention,
+            pictures=own if needs_rows(options.metrics) else None,
+        )  # fmt: skip
+
+    def _reference_features(self, parts: Sequence[str]) -> tuple[str, FeatureSet]:
+        options = self.options
+        pictures = open_pictures(options.reference, options.rules)
+        if len(pictures) < 2:
+            raise FlowkitError(f"reference {pictures.name} has one picture; it takes two or more")
+        ranges = chunk_ranges(0, len(pictures), options.chunk_size)
+        wanted: Any = [part for part in parts if part != "logits"]
+        chunks = picture_chunks(
+            pictures, range(len(pictures)), ranges,
+            extractor=self.extractor, parts=wanted,
+            folder=options.reference_dir, chunk_size=options.chunk_size,
+            accelerator=self.accelerator, progress=options.progress,
+        )  # fmt: skip
+        return pictures.name, FeatureSet(chunks, ranges)
