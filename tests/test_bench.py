@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -217,15 +215,3 @@ def test_the_table_says_which_cache(model: str) -> None:
 def test_what_cannot_be_measured(model: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(FlowkitError, match=words):
         speed_report(BenchConfig(**{"model": model, "batch": [1], "device": "cpu"} | options))
-
-
-def test_help_needs_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import runpy, sys; sys.modules |= dict.fromkeys(['torch', 'diffusers', 'accelerate']);"
-        "runpy.run_path(sys.argv[1], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, str(ROOT / "eval" / "bench.py"), "--help"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "nfe=" in done.stdout and "batch=" in done.stdout and "cache=" in done.stdout

@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # state them, and as the file's comment does
 NETS = {
     "afhq64/reflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
-    "cifar10/dit16.yaml": ((3, 16, 16), None, 4_163_916, "4.2 M"),
+    "cifar10/dit16-flow.yaml": ((3, 16, 16), None, 4_163_916, "4.2 M"),
     "cifar10/flow.yaml": ((3, 32, 32), None, 61_804_419, "61.8 M"),
     "cifar10/reflow.yaml": ((3, 32, 32), None, 55_732_739, "55.7 M"),
     "cifar10/small.yaml": ((3, 16, 16), None, 1_002_883, "1.0 M"),
@@ -56,7 +56,7 @@ SIDE = 16  # of larger pictures: the final grids of samples would take the longe
 
 
 def read(name: str, *overrides: str) -> FlowConfig | ReflowConfig:
-    schema = FlowConfig if name.endswith("/flow.yaml") else ReflowConfig
+    schema = FlowConfig if name.endswith("flow.yaml") else ReflowConfig
     return parse(schema, ["--config", str(CONFIGS / name), *overrides], doc="")
 
 

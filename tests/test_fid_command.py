@@ -422,7 +422,7 @@ def test_samples_of_other_weights_are_refused(measure, tmp_path):
         ({"model": "no/such/folder"}, "no such folder"),
         ({"reference": "no/such/folder"}, "no folder or zip of pictures"),
         ({"reference": "cifar10-tset"}, "unknown data set"),
-        ({"features": "cifar-resnet20"}, "resnet20|do not take pictures"),
+        ({"features": "resnet20"}, "unknown features"),
         ({"nfe": [2, 2]}, "names 2 twice"),
         ({"model": None, "pictures": "digits-test", "num_samples": 501}, "501 were asked for"),
     ],
