@@ -1,158 +1,295 @@
-"""What feature caches cost, beside diffusers' TaylorSeer, and what they leave of a picture.
+"""What feature caches leave of a picture, and how fast, beside the caches of diffusers.
 
-    python benchmarks/caches.py                   # costs on a DiT-S/2 with random weights
-    python benchmarks/caches.py runs/dit/model    # and errors on a trained network, 50 steps
+    python benchmarks/caches.py runs/cifar10-dit16/model       # of configs/cifar10/dit16-flow.yaml
 
-Costs are CPU seconds of one thread: all variants in turn, again and again, the least of each, since
+Times are CPU seconds of one thread: all variants in turn, again and again, the least of each, since
 other work on the machine only adds.
-Errors are relative distances of the final pictures, to the same run without a cache and to the true
-solution; `uncached` takes as many steps as the cache has full passes.
+Errors are relative distances of the final pictures of 50 Euler steps: to the same run without a
+cache, and to the true solution.  `uncached` is the default solver without a cache, in as many steps
+as the cache has full passes.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import contextlib
+import io
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.hooks import TaylorSeerCacheConfig
+from cache_costs import STEPS, Scope, cpu_seconds, their_taylorseer, theirs
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor
 
 from flowkit.adapters import from_diffusers
+from flowkit.nets import DiT
+from flowkit.nets.dit import DiTBlock
 from flowkit.noise import keyed_noise
-from flowkit.samplers import grids, sample
-from flowkit.samplers.gated import cg_taylor, first_block_cache
-from flowkit.samplers.taylor import taylorseer
-from flowkit.velocity import Velocity, bind
+from flowkit.samplers import cg_taylor, first_block_cache, grids, sample, taylorseer
+from flowkit.velocity import Velocity
 
-LEVELS = ("block", "each", "module")
-ROUNDS = 9
-STEPS = 50
-SAMPLES = 32
-RUNS = {"euler": grids.uniform, "ab2": grids.uniform, "abm": grids.power}  # solver: its grid
+SAMPLES = 8
+SEED = 1  # noise that no default was chosen on
+INTERVALS = (2, 3, 4, 5, 6, 8, 12)
+ORDERS = (0, 1, 2)
 
 
-class CachedDiT(diffusers.DiTTransformer2DModel, diffusers.CacheMixin):
-    """diffusers' DiT with the mixin that its caches need."""
+class CachedDiT(DiT, diffusers.CacheMixin):
+    """Our DiT with the mixin that diffusers' caches need."""
 
 
-def dit_s(kind: type[Any] = diffusers.DiTTransformer2DModel) -> Any:
-    """DiT-S/2: 12 layers, 6 heads of 64, for latents 4 x 32 x 32."""
-    torch.manual_seed(0)
-    shape = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12}
-    return kind(sample_size=32, in_channels=4, **shape).eval()
+TransformerBlockRegistry.register(
+    DiTBlock,  # returns hidden states alone, and its first argument is what they are called
+    TransformerBlockMetadata(
+        return_hidden_states_index=0, _cached_parameter_indices={"hidden_states": 0}
+    ),
+)
 
 
-def cpu_ms(run: Callable[[], Any]) -> float:
-    start = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - start)
+@dataclass
+class Variant:
+    """A cache, and what its runs gave.  family: of caches that a threshold or interval tells apart.
+
+    passes: computed in full.  error: to the run without a cache.  truth: to the true solution.
+    """
+
+    family: str
+    setting: str
+    scope: Scope
+    diffusers: bool = False
+    passes: int = 0
+    error: float = math.nan
+    truth: float = math.nan
+    seconds: float = math.inf
 
 
-def forward(net: Any, step: int) -> Callable[[], Any]:
-    """One pass of batch 4 at a step."""
-    x, labels = keyed_noise(0, range(4), (4, 32, 32)), torch.arange(4)
-    t = torch.full((4,), 1000.0 - 20 * step)
-    return lambda: net(x, timestep=t, class_labels=labels)
+class Trial:
+    """A trained network, its double for diffusers' caches, and the runs of one sampler."""
 
+    def __init__(self, folder: str) -> None:
+        model = from_diffusers(folder)
+        self.net: Any = model.net
+        self.other: Any = CachedDiT.from_config(self.net.config)
+        self.other.load_state_dict(self.net.state_dict())
+        self.ours = model
+        self.theirs = from_diffusers(self.other.eval())
+        size = self.net.config.sample_size
+        self.noise = keyed_noise(SEED, range(SAMPLES), (self.net.config.in_channels, size, size))
+        self.true = sample(self.ours, self.noise, grids.power(200), "rk4").x
+        self.whole = self.euler(self.ours)
+        self.ran = 0
+        middle = self.other.blocks[len(self.other.blocks) // 2]
+        middle.attn.to_q.register_forward_hook(self._count)
+        self._uncached: dict[int, float] = {}
 
-@contextmanager
-def theirs(net: Any) -> Iterator[None]:
-    """diffusers' TaylorSeer on attention and MLP, in float32: computes steps 0, 1, 2 and 4."""
-    parts = [r"transformer_blocks\.\d+\.(attn1|ff)"]
-    net.enable_cache(
-        TaylorSeerCacheConfig(
-            cache_interval=STEPS,
-            disable_cache_before_step=3,
-            taylor_factors_dtype=torch.float32,
-            cache_identifiers=parts,
-        )
-    )
-    with net.cache_context("only"):
-        yield
-    net.disable_cache()
+    def _count(self, *_: Any) -> None:
+        self.ran += 1
 
+    def euler(self, velocity: Velocity) -> Tensor:
+        return sample(velocity, self.noise, grids.uniform(STEPS), "euler").x
 
-def print_costs() -> None:
-    """Of a step that is computed and of one that is skipped, over a step without a cache."""
-    net, other = dit_s(), dit_s(CachedDiT)
-    variants: dict[str, Callable[[], Any]] = {
-        level: lambda level=level: taylorseer(net, interval=STEPS, warmup=3, level=level)
-        for level in LEVELS
-    } | {"diffusers": lambda: theirs(other)}
-    plain: list[float] = []
-    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    forward(net, 0)()
-    for _ in range(ROUNDS):
-        for name, cached in variants.items():
-            plain.append(cpu_ms(forward(net, 0)))
-            model = other if name == "diffusers" else net
-            with cached():
-                for step in (0, 1):
-                    forward(model, step)()
-                computed = cpu_ms(forward(model, 2))
-                for step in (3, 4):  # looks once whether the output is covered
-                    forward(model, step)()
-                costs[name].append((computed, cpu_ms(forward(model, 5))))
-    whole = min(plain)
-    print(f"\nDiT-S/2, batch 4, order 1, over a step without a cache ({whole:.0f} CPU-ms)\n")
-    print("| cache | computed | skipped |\n|---|---|---|")
-    for name, pairs in costs.items():
-        computed, skipped = (min(column) for column in zip(*pairs, strict=True))
-        print(f"| {name} | {computed / whole:.3f} | {skipped / whole:.3f} ({skipped:.1f} ms) |")
+    def uncached(self, steps: int) -> float:
+        """Error of the default solver without a cache."""
+        if steps not in self._uncached:
+            x = sample(self.ours, self.noise, grids.power(steps)).x
+            self._uncached[steps] = distance(x, self.true)
+        return self._uncached[steps]
+
+    def run(self, variant: Variant) -> None:
+        """Once more; the first run of a variant measures its errors."""
+        self.ran, start = 0, time.process_time()
+        with variant.scope() as cache:
+            x = self.euler(self.theirs if variant.diffusers else self.ours)
+            seconds = time.process_time() - start
+            passes = cache.stats.computed if cache is not None else self.ran
+        variant.seconds = min(variant.seconds, seconds)
+        variant.passes = passes
+        variant.error, variant.truth = distance(x, self.whole), distance(x, self.true)
+
+    def calibrated(self) -> list[float]:
+        """MagCache's ratios, which diffusers prints at the end of a run."""
+        said, config = io.StringIO(), MagCacheConfig(num_inference_steps=STEPS, calibrate=True)
+        with contextlib.redirect_stdout(said), theirs(self.other, config)():
+            self.euler(self.theirs)
+        row = said.getvalue().strip().splitlines()[-1]
+        return [float(ratio) for ratio in row.strip("[]").split(",")]
 
 
 def distance(x: Tensor, reference: Tensor) -> float:
     return ((x - reference).norm() / reference.norm()).item()
 
 
-def print_errors(folder: str) -> None:
-    """By solver, interval and order."""
-    model = from_diffusers(folder)
-    net: Any = model.net
-    size = net.config.sample_size
-    velocity: Velocity = model
-    if net.config.num_classes:
-        velocity = bind(model, class_labels=torch.arange(SAMPLES) % net.config.num_classes)
-    noise = keyed_noise(0, range(SAMPLES), (net.config.in_channels, size, size))
-    true = sample(velocity, noise, grids.power(200), "rk4").x
-    for solver, grid in RUNS.items():
-        whole = sample(velocity, noise, grid(STEPS), solver).x
-        print(f"\n{solver}, {STEPS} steps: {distance(whole, true):.4f} from the true solution\n")
-        print("| cache | full passes | to the run without | to the truth | uncached |")
-        print("|---|---|---|---|---|")
-        caches: dict[str, Callable[[], Any]] = {
-            f"every {interval}, order {order}, {level}": lambda o=order, i=interval, v=level: (
-                taylorseer(net, interval=i, order=o, level=v)
+def variants(trial: Trial) -> list[Variant]:
+    """Ours and theirs in turn."""
+    net, other = trial.net, trial.other
+    ours: list[Variant] = [
+        Variant(
+            f"taylorseer, order {order}, {level}",
+            f"interval {interval}",
+            lambda i=interval, o=order, v=level: taylorseer(net, interval=i, order=o, level=v),
+        )
+        for interval in INTERVALS
+        for order in ORDERS
+        for level in ("block", "module")
+    ]
+    for e in (0.001, 0.002, 0.004, 0.008, 0.015, 0.03):
+        ours.append(Variant("cg_taylor", f"{e}", lambda e=e: cg_taylor(net, threshold=e)))
+    for e in (0.01, 0.02, 0.05, 0.1, 0.2):
+        for order in (0, 2):
+            scope = lambda e=e, o=order: first_block_cache(  # noqa: E731
+                net, threshold=e, order=o, warmup=max(1, o)
             )
-            for interval in (2, 3, 4, 6)
-            for order in (0, 1, 2, 3)
-            for level in ("block", "module")
-        }
-        for e in (0.003, 0.01, 0.03):
-            caches[f"cg_taylor {e}"] = lambda e=e: cg_taylor(net, threshold=e)
-        for e in (0.02, 0.05, 0.1):
-            caches[f"first_block_cache {e}"] = lambda e=e: first_block_cache(net, threshold=e)
-        for name, cached in caches.items():
-            with cached() as cache:
-                x = sample(velocity, noise, grid(STEPS), solver).x
-            passes = cache.stats.computed
-            uncached = sample(velocity, noise, grid(passes), solver).x
-            errors = " | ".join(f"{distance(*p):.4f}" for p in ((x, whole), (x, true)))
-            print(f"| {name} | {passes} | {errors} | {distance(uncached, true):.4f} |", flush=True)
+            ours.append(Variant(f"first_block_cache, order {order}", f"{e}", scope))
+    peers: list[tuple[str, str, Any]] = [
+        (f"TaylorSeer, order {order}", f"interval {interval}", their_steps(interval, order))
+        for interval in INTERVALS
+        for order in ORDERS
+    ]
+    for e in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2):
+        peers.append(("FirstBlockCache", f"{e}", FirstBlockCacheConfig(threshold=e)))
+    shared = {"num_inference_steps": STEPS, "mag_ratios": trial.calibrated()}
+    for kept in (0.2, 0.04):  # the default, and the first two steps
+        for e in (0.005, 0.01, 0.02, 0.06, 0.12, 0.24):
+            config = MagCacheConfig(
+                threshold=e, retention_ratio=kept, max_skip_steps=3 if e < 0.1 else 6, **shared
+            )
+            peers.append((f"MagCache, retention {kept}", f"{e}", config))
+    named = [
+        Variant(f"diffusers {family}", setting, theirs(other, config), diffusers=True)
+        for family, setting, config in peers
+    ]
+    return [variant for pair in spread(ours, named) for variant in pair]
+
+
+def spread(*groups: list[Variant]) -> Iterator[list[Variant]]:
+    """The groups interleaved, each evenly over the whole."""
+    most = max(map(len, groups))
+    for i in range(most):
+        yield [v for g in groups for v in g[i * len(g) // most : (i + 1) * len(g) // most]]
+
+
+def their_steps(interval: int, order: int) -> TaylorSeerCacheConfig:
+    """Computes steps 0, 1, 3, 3 + interval, ...: with 2 steps first it does best."""
+    return their_taylorseer(
+        [r"blocks\.\d+\.(attn|mlp)"],
+        cache_interval=interval,
+        disable_cache_before_step=2,
+        max_order=order,
+    )
+
+
+def print_errors(folder: str, rounds: int) -> None:
+    """The sweep, and what it says."""
+    trial = Trial(folder)
+    runs = variants(trial)
+    whole = math.inf
+    for _ in range(rounds):
+        whole = min(whole, cpu_seconds(lambda: trial.euler(trial.ours)))
+        whole = min(whole, cpu_seconds(lambda: trial.euler(trial.theirs)))
+        for variant in runs:
+            trial.run(variant)
+    gap = distance(trial.whole, trial.true)
+    print(
+        f"\n{STEPS} Euler steps, {SAMPLES} pictures: {whole:.2f} CPU-s without a cache, "
+        f"{gap:.4f} from the true solution\n"
+    )
+    print("| cache | setting | full passes | time | to the run without | to the truth | uncached |")
+    print("|---|---|---|---|---|---|---|")
+    for v in sorted(runs, key=lambda v: (v.diffusers, v.family)):
+        print(
+            f"| {v.family} | {v.setting} | {v.passes} | {v.seconds / whole:.3f} | {v.error:.4f} "
+            f"| {v.truth:.4f} | {trial.uncached(v.passes):.4f} |"
+        )
+    print_same_passes(trial, runs)
+    print_speed(runs, whole)
+
+
+def print_same_passes(trial: Trial, runs: list[Variant]) -> None:
+    """Our default beside diffusers' TaylorSeer: by interval, and in exactly their steps."""
+    print("\nErrors to the run without a cache; in brackets the full passes\n")
+    print("| interval | ours | ours, their steps | theirs, order 1 | their best order | ", end="")
+    print("ours / best | their steps / best |\n|---|---|---|---|---|---|---|")
+    ratios: dict[int, list[float]] = {}
+    for interval in INTERVALS:
+        setting, full = f"interval {interval}", {0, 1, *range(3, STEPS, interval)}
+        peers = [v for v in runs if v.setting == setting and "TaylorSeer" in v.family]
+        usual = next(v for v in peers if v.family.endswith("order 1"))
+        best = min(peers, key=lambda v: v.error)
+        own = Variant("own", "", lambda i=interval: taylorseer(trial.net, interval=i))
+        same = Variant("same", "", lambda full=full: taylorseer(trial.net, steps=full))
+        for variant in (own, same):
+            trial.run(variant)
+        ratios[interval] = [e / best.error for e in (own.error, same.error)]
+        cells = " | ".join(f"{v.error:.4f} ({v.passes})" for v in (own, same, usual, best))
+        over = " | ".join(f"{r:.2f}" for r in ratios[interval])
+        print(f"| {interval} | {cells} | {over} |")
+    for top in (6, max(INTERVALS)):
+        rows = [row for interval, row in ratios.items() if interval <= top]
+        own_most, same_most = (max(column) for column in zip(*rows, strict=True))
+        print(
+            f"\nIntervals to {top}: at most {own_most:.2f} times the error of their best order, "
+            f"{same_most:.2f} in their steps (wanted: 1)"
+        )
+
+
+def seconds_at(runs: Iterable[Variant], error: float) -> float:
+    """CPU seconds of the fastest run with that error, log-linear between the best of the runs.
+
+    Infinite where none is as exact; the fastest run's where all are.
+    """
+    front: list[Variant] = []
+    for v in sorted(runs, key=lambda v: v.seconds):  # each more exact than all faster ones
+        if not front or v.error < front[-1].error:
+            front.append(v)
+    after = next((i for i, v in enumerate(front) if v.error <= error), None)
+    if after is None:
+        return math.inf
+    b, a = front[after], front[max(after - 1, 0)]
+    if a is b:
+        return b.seconds
+    share = math.log(a.error / error) / math.log(a.error / max(b.error, 1e-9))
+    return a.seconds * (b.seconds / a.seconds) ** share
+
+
+def print_speed(runs: list[Variant], whole: float) -> None:
+    """Speed-ups at equal error, of each family and of the best of theirs."""
+    default = "taylorseer, order 2, block"
+    families = Counter(v.family for v in runs)
+    print("\nSpeed-up over the run without a cache, at an error to it of\n")
+    print("| cache | 1 % | 5 % |\n|---|---|---|")
+    groups = {f: [v for v in runs if v.family == f] for f in families}
+    groups |= {"best of diffusers": [v for v in runs if v.diffusers]}
+    speeds = {
+        name: [whole / seconds_at(group, error) for error in (0.01, 0.05)]
+        for name, group in groups.items()
+    }
+    for name, row in sorted(speeds.items(), key=lambda item: -item[1][0]):
+        print(f"| {name} | " + " | ".join(f"{s:.2f}" if s else "not reached" for s in row) + " |")
+    ratios = [a / b for a, b in zip(speeds[default], speeds["best of diffusers"], strict=True)]
+    verdict = "kept" if min(ratios) >= 1.15 else "MISSED"
+    print(
+        f"\nOurs over the best of theirs: {ratios[0]:.2f} at 1 %, {ratios[1]:.2f} at 5 %: "
+        f"{verdict} (>= 1.15)"
+    )
 
 
 def main() -> None:
-    """Print the costs, then the errors on a trained flow if given."""
+    """Print errors and times on trained, unconditional DiTs of flowkit."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        print_costs()
-        for folder in sys.argv[1:]:
-            print_errors(folder)
+        for folder in options.folders:
+            print_errors(folder, options.rounds)
 
 
 if __name__ == "__main__":

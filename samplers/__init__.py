@@ -21,6 +21,7 @@ from flowkit.samplers.named_schedulers import (
     RFSolverScheduler,
     UniPCFlowScheduler,
 )
+from flowkit.samplers.placement import ForecastErrors, forecast_errors
 from flowkit.samplers.scheduler import FlowScheduler
 from flowkit.samplers.sharing import optimal_sharing
 from flowkit.samplers.solve import Result, Step, evaluation_times, invert, sample
@@ -39,6 +40,7 @@ __all__ = [
     "DPMSolverFlowScheduler",
     "FireFlowScheduler",
     "FlowScheduler",
+    "ForecastErrors",
     "RFSolverScheduler",
     "Result",
     "Step",
@@ -52,6 +54,7 @@ __all__ = [
     "enable_taylorseer",
     "evaluation_times",
     "first_block_cache",
+    "forecast_errors",
     "invert",
     "optimal_sharing",
     "reconstruct",

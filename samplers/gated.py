@@ -28,7 +28,7 @@ def enable_cg_taylor(
     model: Any,
     *,
     threshold: float = 0.01,
-    order: int = 1,
+    order: int = 2,
     first_order: int = 1,
     warmup: int = 3,
     last: bool = True,

@@ -4,7 +4,8 @@
 
 states: what is to be shared, of every step of one full run.  The dynamic program is that of DDT's
 encoder sharing (Wang et al., 2025, arXiv:2504.05741, section 3.4), which encoder_sharing.py runs;
-its steps place the full steps of any cache.
+its steps place the full steps of any cache that reuses.  For caches that forecast, placement.py
+measures what a choice of steps errs by, and `optimal_sharing` takes that instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowkit.errors import FlowkitError
+from flowkit.samplers.placement import ForecastErrors
 
 __all__ = ["checked_steps", "optimal_sharing", "sharing_cost", "state_similarity"]
 
@@ -32,12 +34,15 @@ def optimal_sharing(similarity: Any, K: int) -> list[int]:  # noqa: N803 - the p
     similarity: (N, N), a tensor, an array or lists: how well step k is served by what an earlier
     step a computed.  The diagonal and what lies above it are not read.  Of equally good answers
     the one with the earlier last steps.  Exact, in O(K N^2).
+    Or, for a cache that forecasts, the `forecast_errors` of a run, whose W has signs and looks at
+    several full steps: `ForecastErrors.place`.
     Raises FlowkitError for a similarity that is not square or not finite, and for K beyond 1 to N.
     """
+    if isinstance(similarity, ForecastErrors):
+        return similarity.place(_checked_count(K, len(similarity)))
     cost = _serving_costs(similarity)
     n = len(cost)
-    if isinstance(K, bool) or not isinstance(K, int | np.integer) or not 1 <= K <= n:
-        raise FlowkitError(f"K must be a number of steps from 1 to {n}, got {K!r}")
+    K = _checked_count(K, n)  # noqa: N806
     best, chosen = np.full(n + 1, np.inf), []
     best[0] = 0.0
     for _ in range(K):
@@ -54,8 +59,11 @@ def optimal_sharing(similarity: Any, K: int) -> list[int]:  # noqa: N803 - the p
 def sharing_cost(similarity: Any, steps: Sequence[int]) -> float:
     """What serving all N steps by `steps` costs: the sum of W from each of them to the next.
 
-    similarity: as of `optimal_sharing`.  steps: increasing from 0.
+    similarity: as of `optimal_sharing`; for `forecast_errors` it is the error at the end, relative
+    to the last state.  steps: increasing from 0.
     """
+    if isinstance(similarity, ForecastErrors):
+        return similarity.cost(checked_steps(steps, len(similarity)))
     cost = _serving_costs(similarity)
     ends = [*checked_steps(steps, len(cost)), len(cost)]
     return float(sum(cost[a, e] for a, e in pairwise(ends)))
@@ -90,6 +98,12 @@ def checked_steps(steps: Iterable[int], n: int) -> list[int]:
     if not (whole and found[:1] == [0] and all(a < b for a, b in pairwise([*found, n]))):
         raise FlowkitError(f"steps must increase from 0 and stay below {n}, got {found}")
     return [int(step) for step in found]
+
+
+def _checked_count(count: Any, n: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= n:
+        raise FlowkitError(f"K must be a number of steps from 1 to {n}, got {count!r}")
+    return int(count)
 
 
 def _serving_costs(similarity: Any) -> np.ndarray:

@@ -1,6 +1,6 @@
 """TaylorSeer and reuse: most steps of a sampler forecast a network's features, or repeat them.
 
-    with taylorseer(model, interval=4, order=1) as cache:
+    with taylorseer(model, interval=4) as cache:
         x = sample(velocity, noise, times).x        # every 4th step is computed in full
     cache = enable_taylorseer(pipe, interval=5)     # until cache.disable()
 
@@ -47,7 +47,7 @@ def enable_taylorseer(
     model: Any,
     *,
     interval: int = 4,
-    order: int = 1,
+    order: int = 2,
     warmup: int = 2,
     mode: str = "newton",
     level: str | None = None,
@@ -63,7 +63,7 @@ def enable_taylorseer(
 
     model: a network with its blocks in ModuleLists, in an adapter, compiled or neither, or a
     pipeline around one.  A pipeline tells its cache more: where a run begins and ends.
-    order: of the forecast, 0 (reuse) to 4; above 1 it seldom pays.  mode: "newton", exact for
+    order: of the forecast, 0 (reuse) to 4; above 2 it seldom pays.  mode: "newton", exact for
     features that are polynomials in t of that degree, or "official", the paper's rule in steps.
     steps: the full steps one by one, 0 among them, in the place of interval and warmup.
     last: compute the last step too, where it is known: in a pipeline, in sample() and invert(), or

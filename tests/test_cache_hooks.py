@@ -227,7 +227,7 @@ def test_summary_says_what_happened():
     with taylorseer(net, interval=3) as cache:
         sample(from_diffusers(net), draw(1, 1, 8, 8), TIMES)
     assert re.fullmatch(
-        r"DiT: 3 blocks as one, order 1 newton; 5 of 12 passes computed, full steps "
+        r"DiT: 3 blocks as one, order 2 newton; 5 of 12 passes computed, full steps "
         r"\[0, 1, 4, 7, 10\]; 0\.0 MiB kept",
         cache.summary(),
     )
