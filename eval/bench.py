@@ -26,12 +26,18 @@ class BenchConfig:
         help="a folder of trainers/*.py, a diffusers pipeline or model (folder or hub id), or "
         "module:attribute, a velocity (x_t, t) -> v"
     )
-    solver: str | list[str] = option("abm", "any solvers of flowkit.samplers")
+    solver: str | list[str] = option(
+        "abm", "any solvers of flowkit.samplers, or searched schedules.json"
+    )
     solver_options: dict[str, Any] = option({}, "their options")
     cache: dict[str, Any] | list[dict[str, Any]] = option(
         {"name": "none"}, "caches, e.g. [{name: none},{name: encoder, steps: 2}]"
     )
-    nfe: list[int] = option([1, 4, 8], "evaluations of the velocity", low=1)
+    nfe: list[int] = option(
+        [1, 4, 8],
+        "evaluations of the velocity; solvers that choose theirs and schedules are timed once",
+        low=1,
+    )
     batch: list[int] = option([1, 64], "pictures at once; 1 gives the latency", low=1)
     grid: dict[str, Any] = option(
         {"name": "power", "exponent": 1.5},

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowkit.errors import FlowkitError
-from flowkit.eval.weights_files import WeightsFile, find_weights, offline, state_sha256
+from flowkit.eval.weights_files import (
+    OPTION_HINT,
+    WeightsFile,
+    find_weights,
+    offline,
+    state_sha256,
+)
 from flowkit.perceptual import LPIPS
 from flowkit.registry import look_up
 
@@ -75,7 +81,7 @@ def load_clip(name: str, weights: str | os.PathLike[str] | None = None) -> tuple
         reason = " ".join(str(error).split())[:200]
         raise FlowkitError(
             f"cannot read CLIP from {source} ({reason}); run `hf download {hub}` where there is a "
-            "network, or set evaluate.weights to a folder that holds it"
+            f"network, or {OPTION_HINT}, a folder that holds it"
         ) from None
     return clip.eval().requires_grad_(False), words, state_sha256(clip)
 

@@ -81,9 +81,11 @@ def frechet_jackknife(
 ) -> Jackknife:
     """The error of a Fréchet distance, from distances that each leave one group of chunks out.
 
-    chunks: moments of parts of the generated set, of about one size, joined in their order into
-    at most `groups` groups.  The square of std is (g - 1) / g times the sum of squares about the
-    mean (Efron and Stein, 1981, eq. 1.4); corrected is Quenouille's, g FD - (g - 1) mean.
+    chunks: moments of parts of the generated set, joined in their order into at most `groups`
+    groups, which may differ in size (Busing, Meijer and van der Leeden, 1999, eq. 7 to 9): with
+    h = N / m of a group of m samples, and FD' the distance without it, corrected is
+    g FD - sum (1 - 1 / h) FD', and std^2 the mean of (h FD - (h - 1) FD' - corrected)^2 / (h - 1).
+    Equal groups give Quenouille's correction and the error of Efron and Stein (1981, eq. 1.4).
     FlowkitError: fewer than two chunks with samples, or one group that holds nearly all.
     """
     filled = [chunk for chunk in chunks if chunk.n]
@@ -98,6 +100,8 @@ def frechet_jackknife(
         reference = FrechetReference(reference)
     value = reference.parts(whole).value
     left_out = np.array([reference.parts(whole.without(part)).value for part in parts])
-    spread = (g - 1) / g * ((left_out - left_out.mean()) ** 2).sum()
-    corrected = g * value - (g - 1) * left_out.mean()
+    h = np.array([whole.n / part.n for part in parts])
+    corrected = g * value - ((1 - 1 / h) * left_out).sum()
+    pseudo = h * value - (h - 1) * left_out
+    spread = np.mean((pseudo - corrected) ** 2 / (h - 1))
     return Jackknife(value, float(spread**0.5), float(corrected), g)

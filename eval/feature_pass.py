@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "chunk_tensors",
     "device_name",
+    "main_only",
     "make_accelerator",
     "pass_identity",
     "picture_chunks",
@@ -35,6 +38,7 @@ __all__ = [
     "same_identity",
 ]
 
+T = TypeVar("T")
 SHOWN = 64  # pictures of a set that are kept for its grid
 
 # One process measures while the others wait; launchers notice a dead process themselves.
@@ -58,6 +62,25 @@ def make_accelerator() -> Accelerator:
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
         )
     return accelerator
+
+
+def main_only(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
+    """What `work` gives in the main process, None in the others, which wait for it.
+
+    FlowkitError: of the work, in every process, so that none waits for one that has given up.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except FlowkitError as caught:
+            error = caught
+    [told] = broadcast_object_list([None if error is None else str(error)])
+    if told is not None:
+        raise error or FlowkitError(told)
+    return result
 
 
 def chunk_tensors(
@@ -111,8 +134,13 @@ def picture_chunks(
     name = re.sub(r"[^\w.+-]+", "-", pictures.name).strip("-.")[-60:]
     home = Path(folder) / f"{name}-{canonical_sha256(identity)[:12]}"
     chunks = Chunks(home / "chunks", frozenset(parts))
-    if accelerator.is_main_process:
+
+    def own_folder() -> None:
+        if not extractor.reusable:
+            shutil.rmtree(home, ignore_errors=True)
         same_identity(home / "identity.json", identity)
+
+    main_only(accelerator, own_folder)
 
     def compute(indices: range) -> None:
         levels = pictures.fetch([rows[i] for i in indices])
@@ -150,18 +178,23 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def same_identity(file: Path, identity: dict[str, Any]) -> None:
-    """Write what the chunks beside `file` are of; FlowkitError when they are of something else."""
+def same_identity(file: Path, identity: dict[str, Any], new: Collection[str] = ()) -> None:
+    """Write what the chunks beside `file` are of; FlowkitError when they are of something else.
+
+    new: names of which there are no chunks yet; their values are added to the file.
+    """
     plain: Callable[[Any], str] = canonical_sha256
     try:
         stored = read_json(file) if file.is_file() else identity
     except ValueError:
         raise FlowkitError(f"{file} is damaged; delete {file.parent} and run again") from None
+    stored |= {name: identity[name] for name in new}
     for name, value in identity.items():
         if plain(stored.get(name)) != plain(value):
             raise FlowkitError(
-                f"{file.parent} holds chunks of another run: {name} was {stored.get(name)}, "
-                f"now {value}; give another output_dir, or delete that one"
+                f"{file.parent} holds chunks of another run: {name} was "
+                f"{shorten(str(stored.get(name)), 80)}, now {shorten(str(value), 80)}; "
+                "give another output_dir, or delete that one"
             )
-    if not file.is_file():
-        write_json(file, identity)
+    if new or not file.is_file():
+        write_json(file, stored)

@@ -16,9 +16,7 @@ module:name           any callable or nn.Module of yours
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from importlib import import_module
 from typing import cast
 
 import torch
@@ -26,9 +24,9 @@ from torch import Tensor, nn
 
 from flowkit.errors import FlowkitError
 from flowkit.eval.classifiers import DigitsNet, ResNet20, ResNet56
+from flowkit.eval.own_code import NO_SOURCE, load_own, own_sha256
 from flowkit.eval.recipes import DIGITS_WEIGHTS, Recipe, Weights, full_name, make_recipe
 from flowkit.eval.resize import exact_float32
-from flowkit.eval.weights_files import state_sha256
 from flowkit.pictures import to_uint8
 
 __all__ = [
@@ -45,11 +43,12 @@ __all__ = [
 class Extractor:
     """A frozen network that turns pictures into features, in batches, without gradients.
 
-    id: what it is, the beginning of weights_sha256 included, for records.
+    id: what it is, the beginning of weights_sha256 included, for records; "(no source)" for code
+    of your own that cannot be read, which has no hash.
     preprocessing: the named rule by which pictures reach the network's size ("none": they stay).
-    weights_sha256: of the weights' file, "" where there is none.  dim: d, None before the first
-    pictures of a network of any size.  net: (B, C, H, W) in [-1, 1] -> (B, d); its method
-    `parts`, if any, gives a dict with features and more.
+    weights_sha256: of the weights' file, or of your own code and weights; "" where there is none.
+    dim: d, None before the first pictures of a network of any size.  net: (B, C, H, W) in [-1, 1]
+    -> (B, d); its method `parts`, if any, gives a dict with features and more.
 
     Floats in [-1, 1] and uint8 levels give the same features wherever pictures are resized: floats
     are rounded to levels first.  Elsewhere levels become x / 127.5 - 1 and floats stay what they
@@ -74,6 +73,11 @@ class Extractor:
             self._format = torch.channels_last
             cast(nn.Module, self.net).to(memory_format=self._format)
 
+    @property
+    def reusable(self) -> bool:
+        """Whether its id tells it from another, so that kept features may serve again."""
+        return not self.id.endswith(NO_SOURCE)
+
     def __call__(self, pictures: Tensor) -> Tensor:
         """(B, C, H, W), uint8 or floats in [-1, 1] -> (B, d) float32, on the extractor's device.
 
@@ -97,7 +101,7 @@ class Extractor:
         except RuntimeError as error:
             raise FlowkitError(
                 f"features {self.id!r} do not take pictures of shape {tuple(pictures.shape[1:])} "
-                f"({str(error).splitlines()[0]}); choose others with evaluate.features"
+                f"({str(error).splitlines()[0]}); choose others with features=NAME (evaluate.features of a trainer)"
             ) from error
         joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         self.dim = joined["features"].shape[1]
@@ -152,26 +156,12 @@ def load_extractor(
         raise FlowkitError(f"features {name!r} read no weights, got {os.fspath(weights)!r}")
     recipe = _own(name) if full is None else make_recipe(full, weights)
     digest = recipe.sha256[:12]
-    return Extractor(f"{full or name}{digest and '@' + digest}", recipe, device)
+    told = NO_SOURCE if full is None and not digest else digest and f"@{digest}"
+    return Extractor(f"{full or name}{told}", recipe, device)
 
 
 def _own(name: str) -> Recipe:
-    """With a hash of the weights: an untrained network differs from run to run."""
-    net = _from_module(name)
-    return Recipe(net, state_sha256(net) if isinstance(net, nn.Module) else "")
-
-
-def _from_module(name: str) -> Callable[[Tensor], Tensor]:
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a script's own folder stands there in its place
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise FlowkitError(f"features {name!r}: {error}; expected module:attribute") from None
-    if not callable(found):
-        raise FlowkitError(
-            f"features {name!r} are a {type(found).__name__}; "
-            "expected a function of pictures, an nn.Module or its class"
-        )
-    return found() if isinstance(found, type) else found
+    """With a hash of the code and the weights: an untrained network differs from run to run."""
+    found = load_own("features", name)
+    net = found() if isinstance(found, type) else found
+    return Recipe(net, own_sha256(name, net) or "")

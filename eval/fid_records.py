@@ -61,7 +61,6 @@ def write_results(
         "device": device_name(device),
         "straightness": straightness,
         "model": None if model is None else model.identity,
-        **_configuration(options),
     }
     records, paths = [], []
     for result in results:
@@ -76,9 +75,14 @@ def write_results(
     return records
 
 
-def _configuration(options: FidConfig) -> dict[str, Any]:
+def _configuration(
+    options: FidConfig, plan: Plan | None, model: ModelSource | None
+) -> dict[str, Any]:
+    """The options, and a hash of them and of what is in the files that they name."""
     told = to_dict(options)
     computed = {name: value for name, value in told.items() if name not in _PLACES}
+    if plan is not None and model is not None:
+        computed |= {"plan": plan.identity, "vae_sha256": model.decoder_sha256}
     return {"config": told, "config_sha256": canonical_sha256(computed)}
 
 
@@ -103,6 +107,7 @@ def _record(
         chunk_size=options.chunk_size,
         samples_sha256=_samples(result.sets),
         **common,
+        **_configuration(options, plan, model),
         **sampled,
         **cost,
     )
@@ -113,7 +118,7 @@ def _sampled(options: FidConfig, plan: Plan, model: ModelSource) -> dict[str, An
     guidance = options.guidance
     return {
         "solver": plan.solver,
-        "solver_options": dict(options.solver_options),
+        "solver_options": dict(plan.options),
         "grid": plan.grid,
         "steps": len(plan.times) - 1,
         "guidance": None if guidance.scale == 1 else to_dict(guidance),

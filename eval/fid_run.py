@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from flowkit import config
 from flowkit.errors import FlowkitError
 from flowkit.eval.feature_pass import (
+    chunk_tensors,
+    main_only,
     make_accelerator,
     pass_identity,
     picture_chunks,
+    refuse_grey,
     same_identity,
 )
 from flowkit.eval.features import load_extractor
@@ -23,6 +26,7 @@ from flowkit.eval.metric_table import check_metrics, measure, needs_rows, parts_
 from flowkit.eval.model_pass import ModelPass
 from flowkit.eval.model_source import ModelSource
 from flowkit.eval.records import Record
+from flowkit.eval.reference_check import check_reference
 from flowkit.eval.reference_files import Reference, is_statistics, read_statistics
 from flowkit.eval.resize import exact_float32
 from flowkit.eval.sampling_plan import Plan, sampling_plans
@@ -51,30 +55,33 @@ class FidRun:
         check_metrics(options)
         self.options, self.folder = options, Path(options.output_dir)
         self.accelerator = make_accelerator()
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.device = self.accelerator.device
         self.extractor = load_extractor(options.features, options.weights, self.device)
         self.parts = parts_of(options.metrics)
-        if self.is_main:
-            self._check_folder()
+        main_only(self.accelerator, self._check_folder)
 
     def records(self) -> list[Record]:
         """Compute what is missing and write the records; empty in all processes but the main."""
         options = self.options
         with exact_float32():
-            model = None if options.model is None else self._model()
+            model, lengths = (None, {}) if options.model is None else self._model()
             reference = self._reference()
-            sets = self._picture_sets() if model is None else self._model_sets(model)
+            if model is None:
+                sets = self._picture_sets(reference)
+            else:
+                self._check_reference(reference, lengths, options.num_samples or SAMPLES)
+                sets = self._model_sets(model)
             straightness = None if model is None else model.straightness()
-            records = []
-            if self.is_main:
+
+            def write() -> list[Record]:
                 results = [self._result(plan, found, reference) for plan, found in sets]
-                records = write_results(
+                return write_results(
                     options, results, reference=reference, extractor=self.extractor,
                     model=None if model is None else model.model,
                     straightness=straightness, device=self.device,
                 )  # fmt: skip
-        self.accelerator.wait_for_everyone()
-        return records
+
+            return main_only(self.accelerator, write) or []
 
     def _result(self, plan: Plan | None, sets: list[FeatureSet], reference: Reference) -> Result:
         measured = [measure(one, reference, self.options, self.device) for one in sets]
@@ -102,26 +109,51 @@ class FidRun:
                 "choose another output_dir"
             )
 
-    def _model(self) -> ModelPass:
-        """The model, checked by two of its pictures, and its folder, by what is in it."""
+    def _check_reference(
+        self, reference: Reference, lengths: Mapping[str, int], count: int
+    ) -> None:
+        def check() -> None:
+            check_reference(reference, self.options, lengths, count)
+
+        main_only(self.accelerator, check)
+
+    def _model(self) -> tuple[ModelPass, dict[str, int]]:
+        """The model, checked by two of its pictures, and its folder, by what is in it; and how
+        long each part of its pictures' features is."""
         options = self.options
         source = ModelSource(options, self.device)
         plans = sampling_plans(options, source.start)
         model = ModelPass(source, plans, self.extractor, self.parts, self.folder, self.accelerator)
-        model.check()
-        if self.is_main:
-            made = {"model": source.identity["sha256"], "shape": list(source.parts.shape)}
-            ours = pass_identity(self.extractor, self.device, options.chunk_size)
-            same_identity(self.folder / "identity.json", made | ours)
-            config.save(options, self.folder / "config.yaml")
-        return model
+        lengths = model.check()
+        main_only(self.accelerator, lambda: self._own_folder(model))
+        return model, lengths
+
+    def _own_folder(self, model: ModelPass) -> None:
+        """Say in the run's folder what its chunks are of, or refuse those of something else."""
+        options, source = self.options, model.model
+        for what, known in (
+            (options.model, source.reusable),
+            (options.features, self.extractor.reusable),
+        ):
+            if not known and (self.folder / "chunks").exists():
+                raise FlowkitError(
+                    f"{self.folder} holds samples, and {what!r} has no source that tells whether "
+                    "they are of the same code; give another output_dir, or delete that one"
+                )
+        made: dict[str, Any] = {"model": source.identity["sha256"], "vae": source.decoder_sha256}
+        made["shape"] = list(source.parts.shape)
+        made |= {f"plan {plan.name}": plan.identity for plan in model.plans}
+        new = [f"plan {p.name}" for p in model.plans if not model.chunks(p).folder.is_dir()]
+        ours = pass_identity(self.extractor, self.device, options.chunk_size)
+        same_identity(self.folder / "identity.json", made | ours, new)
+        config.save(options, self.folder / "config.yaml")
 
     def _model_sets(self, model: ModelPass) -> Sets:
         parts = self._ranges(self.options.num_samples or SAMPLES)
         model.sample([indices for part in parts for indices in part])
         return [(p, [FeatureSet(model.chunks(p), part) for part in parts]) for p in model.plans]
 
-    def _picture_sets(self) -> Sets:
+    def _picture_sets(self, reference: Reference) -> Sets:
         options = self.options
         pictures = open_pictures(str(options.pictures), options.rules)
         count = options.num_samples
@@ -135,8 +167,11 @@ class FidRun:
         shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
         rows = [rows[i] for i in shuffle.tolist()]
         parts = self._ranges(count or len(rows))
-        if self.is_main:
-            config.save(options, self.folder / "config.yaml")
+        refuse_grey(pictures.shape, self.extractor, options.rules)
+        first = chunk_tensors(pictures.fetch(rows[:1]), range(1), self.extractor, self.parts)
+        lengths = {part: first[part].shape[1] for part in self.parts}
+        self._check_reference(reference, lengths, count or len(rows))
+        main_only(self.accelerator, lambda: config.save(options, self.folder / "config.yaml"))
         chunks = picture_chunks(
             pictures, rows, [indices for part in parts for indices in part],
             extractor=self.extractor, parts=self.parts,

@@ -55,10 +55,12 @@ def write_leaderboard(settings: LeaderboardSettings) -> list[Group]:
     """Write index.html, leaderboard.md, .csv, .jsonl and records/ under output_dir; returns the
     rankings.
 
-    FlowkitError: what `read_folder`, `read_published` and `rank_records` raise.
+    FlowkitError: output_dir lies in records; what `read_folder`, `read_published` and
+    `rank_records` raise.
     """
     from flowkit.eval.leaderboard_page import leaderboard_html  # torch, which --help need not know
 
+    _check_places(settings)
     published = [record for path in settings.published for record in read_published(path)]
     if not settings.records.exists() and published:
         found = {}
@@ -82,6 +84,15 @@ def write_leaderboard(settings: LeaderboardSettings) -> list[Group]:
     _write(output / "leaderboard.jsonl", json_lines(groups))
     _write(output / "index.html", html)
     return groups
+
+
+def _check_places(settings: LeaderboardSettings) -> None:
+    """FlowkitError where the copies beside the page would be records of the next page."""
+    if settings.output_dir.resolve().is_relative_to(settings.records.resolve()):
+        raise FlowkitError(
+            f"output_dir={settings.output_dir} lies in records={settings.records}, where its copies"
+            " would count as records again; choose an output_dir outside"
+        )
 
 
 def _hidden(path: Path, folder: Path) -> bool:

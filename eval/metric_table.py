@@ -52,20 +52,23 @@ class _Pair:
     device: torch.device
 
     def rows(self, part: str, limit: int | None = None) -> tuple[Tensor, Tensor]:
-        """(generated, reference), on the device, in an order drawn with the seed.
+        """(generated, reference), on the device, in an order drawn with the run's seed.
 
-        A folder's pictures stand by class, which blocks of neighbours would tell.
+        A folder's pictures stand by class, which blocks of neighbours would tell.  Rules leave
+        the order out, as they leave out which samples that seed gives.
         """
         ours, theirs = self.generated.rows(part), self.reference.rows(part)
         return self._drawn(ours, limit), self._drawn(theirs, limit)
 
     def _drawn(self, rows: Tensor, limit: int | None) -> Tensor:
         order = picked(len(rows), min(limit or len(rows), len(rows)), self.options.seed, "a set")
-        shuffle = torch.randperm(len(order), generator=torch.Generator().manual_seed(20))
+        generator = torch.Generator().manual_seed(self.options.seed)
+        shuffle = torch.randperm(len(order), generator=generator)
         return rows[torch.tensor(order)[shuffle]].to(self.device)
 
 
 Measure = Callable[..., None]
+LEAST_GROUPS = 5  # of a jackknife; a spread of fewer says next to nothing
 
 
 def _fid(pair: _Pair, out: Measured) -> None:
@@ -86,16 +89,21 @@ def _frechet(pair: _Pair, out: Measured, name: str, part: str) -> None:
     found = against.parts(total)
     parts = asdict(found) | {"n_2": pair.reference.n}
     out.add(name, found.value, f"Fréchet distance of {part}", parts)
-    if count and len(groups) > 1 and min(total.n - group.n for group in groups) > 1:
+    if len(groups) >= LEAST_GROUPS and min(total.n - group.n for group in groups) > 1:
         spread = frechet_jackknife(groups, against, groups=len(groups))
         bias = found.value - spread.corrected  # most of the distance's 1/N term
         out.errors[name] = {"jackknife": spread.std, "bias": bias, "groups": spread.groups}
 
 
 def _kid(pair: _Pair, out: Measured, **options: Any) -> None:
-    found = kernel_parts(*pair.rows("features"), **options)
+    if options.get("subsets") is None:
+        rows = pair.rows("features")
+    else:  # which are drawn from both sets as they stand
+        rows = pair.generated.rows().to(pair.device), pair.reference.rows("features")
+    found = kernel_parts(rows[0], rows[1].to(pair.device), **options)
     drawn = "" if found.seed is None else f", seed {found.seed}"
-    rule = f"cubic kernel, {found.form} of {found.size}{drawn}"
+    form = found.form if found.count > 1 else found.form[:-1]
+    rule = f"cubic kernel, {found.count} {form} of {found.size}{drawn}"
     out.add("kid", found.value, rule, asdict(found))
     if found.count > 1:
         out.errors["kid"] = {f"std_over_{found.form}": found.std}
@@ -133,7 +141,10 @@ def _authenticity(pair: _Pair, out: Measured) -> None:
 def _fid_infinity(pair: _Pair, out: Measured, **options: Any) -> None:
     generated = pair.generated.rows()
     found = frechet_infinity(pair.reference.statistics("features"), generated, **options)
-    out.add("fid_infinity", found.value, "line in 1/N through subsets", asdict(found))
+    ends = f"from {found.sizes[0]} to {found.sizes[-1]}"
+    seed = options.get("seed", 0)
+    rule = f"line in 1/N through {len(found.sizes)} sizes {ends}, seed {seed}"
+    out.add("fid_infinity", found.value, rule, asdict(found))
 
 
 def _mind(pair: _Pair, out: Measured, **options: Any) -> None:

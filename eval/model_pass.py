@@ -38,12 +38,18 @@ class ModelPass:
     folder: Path
     accelerator: Accelerator
 
-    def check(self) -> None:
-        """Make two pictures of each plan, so that what cannot work fails before hours of work."""
+    def check(self) -> dict[str, int]:
+        """Make two pictures of each plan, so that what cannot work fails before hours of work.
+
+        Returns the length of each part of a picture's features.
+        """
+        lengths: dict[str, int] = {}
         for plan in self.plans:
             levels, _ = self.model.make(plan, range(2))
             refuse_grey(tuple(levels.shape[1:]), self.extractor, self.model.options.rules)
-            chunk_tensors(levels, range(2), self.extractor, self.parts)
+            tensors = chunk_tensors(levels, range(2), self.extractor, self.parts)
+            lengths = {part: tensors[part].shape[1] for part in self.parts}
+        return lengths
 
     def chunks(self, plan: Plan) -> Chunks:
         """The finished chunks of a plan."""

@@ -6,11 +6,10 @@ Its noise, its class and the draws of a stochastic solver depend on (seed, i) al
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
+import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +24,13 @@ from flowkit.errors import FlowkitError
 from flowkit.eval.caches import CachedRun, cached
 from flowkit.eval.flow_measures import straightness
 from flowkit.eval.model_parts import Parts, model_parts, null_class
+from flowkit.eval.own_code import NO_SOURCE, load_own, own_sha256
 from flowkit.eval.picture_rules import conformed
+from flowkit.eval.records import canonical_sha256
 from flowkit.eval.sampling_plan import Plan
 from flowkit.eval.settings import FidConfig
 from flowkit.eval.weights_files import state_sha256
+from flowkit.latents import Latents, vae_identity
 from flowkit.noise import derive_seed, keyed_noise
 from flowkit.pictures import to_uint8
 from flowkit.samplers.evaluations import per_sample
@@ -62,8 +64,27 @@ class ModelSource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """As of `model_identity`."""
-        return model_identity(self.name, self.model)
+        """As of `model_identity`; of the user's own code, sha256 covers it too."""
+        found = model_identity(self.name, self.model)
+        if not _is_own(self.name):
+            return found
+        digest = own_sha256(self.name, self.model)
+        if digest is None:
+            return found | {"path": self.name + NO_SOURCE}
+        return found | {"sha256": canonical_sha256([digest, found["sha256"]])}
+
+    @property
+    def reusable(self) -> bool:
+        """Whether its identity tells it from another, so that its samples may serve again."""
+        return not self.identity["path"].endswith(NO_SOURCE)
+
+    @cached_property
+    def decoder_sha256(self) -> str | None:
+        """Of the VAE behind the flow and the latents' statistics; None for a flow of pictures."""
+        used = inspect.getclosurevars(self.parts.decode).nonlocals.values()
+        told = [vae_identity(one) for one in used if isinstance(one, nn.Module)]
+        told += [repr(one) for one in used if isinstance(one, Latents)]
+        return canonical_sha256(told) if told else None
 
     def velocity(self, indices: range) -> Velocity:
         """The flow of these samples, their classes fixed, guided as the options say."""
@@ -181,17 +202,13 @@ def _peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def _is_own(name: str) -> bool:
+    return ":" in name and not Path(name).exists()
+
+
 def _load(name: str, dtype: torch.dtype) -> Any:
     """The velocity of module:attribute, or of a folder or hub id."""
-    if ":" not in name or Path(name).exists():
+    if not _is_own(name):
         return from_diffusers(name, torch_dtype=dtype)
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a script's own folder stands there in its place
-        sys.path.append(os.getcwd())
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise FlowkitError(f"model {name!r}: {error}; expected module:attribute") from None
-    if not callable(found):
-        raise FlowkitError(f"model {name!r} is a {type(found).__name__}; expected a velocity")
+    found = load_own("model", name)
     return found.to(dtype) if isinstance(found, nn.Module) else found

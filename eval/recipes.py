@@ -18,7 +18,13 @@ from flowkit.eval.dinov2_net import SIZES, load_dinov2
 from flowkit.eval.encoders import CLIP_MODELS, LPIPS_FILES, ClipPictures, load_clip, load_lpips
 from flowkit.eval.inception_net import load_inception
 from flowkit.eval.resize import resize
-from flowkit.eval.weights_files import WeightsFile, file_sha256, find_weights, load_into
+from flowkit.eval.weights_files import (
+    OPTION_HINT,
+    WeightsFile,
+    file_sha256,
+    find_weights,
+    load_into,
+)
 from flowkit.registry import look_up
 
 __all__ = [
@@ -80,7 +86,7 @@ def _digits(weights: Weights) -> Recipe:
     if not path.is_file():
         raise FlowkitError(
             f"no feature weights at {path}; put digits.safetensors, which "
-            "eval/train_digits_features.py makes, there, or set evaluate.weights"
+            f"eval/train_digits_features.py makes, there, or {OPTION_HINT}"
         )
     net = DigitsNet()
     load_into(net, path)

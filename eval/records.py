@@ -12,12 +12,15 @@ import json
 import math
 import os
 import re
+import types
+import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from flowkit.errors import FlowkitError
 from flowkit.files import read_json, write_json
+from flowkit.schema import describe
 
 __all__ = ["SCHEMA", "Record", "canonical_sha256", "comparable", "read_record", "write_record"]
 
@@ -113,7 +116,8 @@ def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
 def read_record(path: str | os.PathLike[str]) -> Record:
     """The record in a file.
 
-    FlowkitError: not JSON, not a record, of a newer schema than this flowkit reads, or not whole.
+    FlowkitError: not JSON, not a record, of a newer schema than this flowkit reads, not whole, or
+    a field is not of its type.
     """
     try:
         values = read_json(path)
@@ -142,11 +146,58 @@ _REQUIRED = {"name", "metrics", "convention", "extractor", "reference", "num_sam
 
 
 def _check(path: str | os.PathLike[str], record: Record) -> None:
-    if not isinstance(record.reference, dict) or "name" not in record.reference:
-        raise FlowkitError(f"{path}: reference must be {{name, n, sha256}}, got {record.reference}")
-    numbers = record.metrics.values() if isinstance(record.metrics, dict) else [None]
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-        raise FlowkitError(f"{path}: metrics must be finite numbers by name, got {record.metrics}")
+    """FlowkitError for a field that is not of its type, or holds what no reader could use."""
+    for name, hint in typing.get_type_hints(Record).items():
+        value, finite = getattr(record, name), name != "straightness"  # a still path's is nan
+        if not _fits(hint, value, finite):
+            raise FlowkitError(f"{path}: {name} must be {describe(hint)}, got {_short(value)}")
+    reference, model = record.reference, record.model or {}
+    rules = [part.get("rule") for part in record.parts.values() if isinstance(part, dict)]
+    for what, value, hint in (
+        ("reference name", reference.get("name"), str),
+        ("reference n", reference.get("n"), int | None),
+        ("reference sha256", reference.get("sha256"), str | None),
+        ("model parameters", model.get("parameters"), float | None),
+        *(("a metric's rule", rule, str | None) for rule in rules),
+        *(("a metric's errors", errors, dict[str, Any]) for errors in record.errors.values()),
+    ):
+        if not _fits(hint, value):
+            raise FlowkitError(f"{path}: {what} must be {describe(hint)}, got {_short(value)}")
+    for metric, errors in record.errors.items():
+        told = {key: errors.get(key) for key in ("std", "jackknife")}
+        if not (_fits(dict[str, float | None], told) and _fits(_VALUES, errors.get("values"))):
+            raise FlowkitError(
+                f"{path}: errors of {metric} must be numbers, and values a list of some, got "
+                f"{_short(errors)}"
+            )
+    if record.seeds is not None and len(record.seeds) != 2:
+        raise FlowkitError(f"{path}: seeds must be [start, end), got {_short(record.seeds)}")
+
+
+_VALUES = list[float] | None
+
+
+def _fits(hint: Any, value: Any, finite: bool = True) -> bool:
+    """Whether JSON's value is of an annotation's type, its numbers finite where they must be."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(one, value, finite) for one in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(arguments[0], v, finite) for v in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            return False
+        return all(_fits(arguments[1], v, finite) for v in value.values())
+    if hint is float:
+        return type(value) in (int, float) and (math.isfinite(value) or not finite)
+    return type(value) is hint
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def comparable(a: Record, b: Record, metric: str | None = None) -> str | None:

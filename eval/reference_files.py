@@ -95,7 +95,7 @@ def read_statistics(
     """
     path = Path(name).expanduser()
     arrays = _arrays(path)
-    metadata = _metadata(path, arrays)
+    metadata = _metadata(path, arrays, convention)
     _check_origin(name, metadata, extractor, convention)
     n = metadata.get("n")
     own = pictures() if pictures and "arr_0" in arrays and "feats" not in arrays else None
@@ -171,7 +171,16 @@ def _arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as found:
             return dict.fromkeys(found.files)
     except (*UNREADABLE, AttributeError) as error:
+        if _speaks_of_pickles(error):  # numpy says how to load it all the same
+            raise FlowkitError(
+                f"{path} is no npz but a pickle, which may run code, or another kind of file, and "
+                "is refused; save its mu and sigma as an npz"
+            ) from None
         raise FlowkitError(f"{path} is not a readable npz: {one_line(error)}") from None
+
+
+def _speaks_of_pickles(error: Exception) -> bool:
+    return isinstance(error, ValueError) and "allow_pickle" in str(error)
 
 
 def _read(path: Path, name: str) -> np.ndarray:
@@ -179,27 +188,36 @@ def _read(path: Path, name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as found:
             return found[name]
     except UNREADABLE as error:
-        reason = one_line(error)
-        hint = "; it holds pickled objects" if "pickle" in reason else ""
-        raise FlowkitError(f"{path} cannot be read ({name}: {reason}){hint}") from None
+        if _speaks_of_pickles(error):
+            raise FlowkitError(
+                f"{path} holds pickled objects ({name}), which may run code, and is refused; save "
+                "its arrays as numbers"
+            ) from None
+        raise FlowkitError(f"{path} cannot be read ({name}: {one_line(error)})") from None
 
 
-def _metadata(path: Path, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file says of its origin, in it or in a .json beside it; {} when nothing does."""
-    beside = path.with_suffix(".json")
+def _metadata(path: Path, arrays: Mapping[str, Any], convention: str | None) -> dict[str, Any]:
+    """What the file says of its origin, in it or in a .json beside it; {} when nothing does.
+
+    A .json beside it that says something else is another's, which a given convention settles.
+    """
+    beside, inside = path.with_suffix(".json"), "metadata" in arrays
+    if not inside and not beside.is_file():
+        return {}
+    where = f"the metadata of {path}" if inside else f"the metadata of {path}, in {beside.name},"
+    other = "" if inside else "; if that file is another's, say reference_convention=NAME"
     try:
-        if "metadata" in arrays:
-            found = json.loads(str(_read(path, "metadata")))
-        elif beside.is_file():
-            found = json.loads(beside.read_text(encoding="utf-8"))
-        else:
-            return {}
+        text = str(_read(path, "metadata")) if inside else beside.read_text(encoding="utf-8")
+        found = json.loads(text)
+        problem = "lack extractor and convention"
     except ValueError as error:
         if isinstance(error, FlowkitError):
             raise
-        raise FlowkitError(f"the metadata of {path} are not JSON: {error}") from None
+        found, problem = None, f"are not JSON: {error}"
     if not isinstance(found, dict) or not {"extractor", "convention"} <= found.keys():
-        raise FlowkitError(f"the metadata of {path} lack extractor and convention")
+        if convention is not None and not inside:
+            return {}
+        raise FlowkitError(f"{where} {problem}{other}")
     if found.get("schema", SCHEMA) > SCHEMA:
         raise FlowkitError(
             f"{path} has statistics of schema {found['schema']}, this flowkit reads {SCHEMA}; "

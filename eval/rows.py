@@ -191,6 +191,11 @@ def _rows(entries: Sequence[Entry], named: Mapping[tuple[str, Any], str]) -> lis
 
 
 def _overlap(a: Record, b: Record) -> bool:
+    """Whether two records may have samples in common: of one seed, or of one set of pictures, of
+    which a seed tells only the order and the choice."""
+    pictures = a.config.get("pictures")
+    if a.seed != b.seed and pictures is not None and pictures == b.config.get("pictures"):
+        return True
     if a.seed != b.seed or a.seeds is None or b.seeds is None:
         return a.seed == b.seed
     return a.seeds[0] < b.seeds[1] and b.seeds[0] < a.seeds[1]

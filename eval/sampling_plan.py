@@ -41,6 +41,11 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def identity(self) -> list[Any]:
+        """What it does, whatever its name: a searched schedule may have been replaced."""
+        return [self.solver, list(self.times), self.options]
+
+    @property
     def takes_draws(self) -> bool:
         """Whether the solver draws noise on its way."""
         return "draw" in inspect.signature(find_solver(self.solver, self.options)).parameters

@@ -119,7 +119,9 @@ class FidConfig:
     seed: int = option(0, "of the noise; sample i depends on (seed, i) alone", low=0)
     chunk_size: int = option(250, "pictures computed in one batch; part of the record", low=1)
     jackknife: int = option(
-        10, "groups of chunks for the standard error of the Fréchet distance; 0: none", low=0
+        10,
+        "groups of chunks for the standard error of the Fréchet distance; fewer than 5: none",
+        low=0,
     )
     straightness_samples: int = option(
         1_000, "noises for the straightness of a model's paths; 0: none", low=0

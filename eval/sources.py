@@ -144,8 +144,8 @@ def _archive(path: Path, stamp: int, process: int) -> zipfile.ZipFile:
 
 
 def _kept(names: list[str]) -> list[str]:
-    """The pictures among the files, none hidden, in one order everywhere."""
-    shown = (n for n in names if not any(part[:1] in (".", "_") for part in n.split("/")))
+    """The pictures among the files, none hidden or of an archiver's, in one order everywhere."""
+    shown = (n for n in names if not any(p[:1] == "." or p == "__MACOSX" for p in n.split("/")))
     return sorted(n for n in shown if n.lower().endswith(_SUFFIXES))
 
 

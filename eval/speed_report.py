@@ -20,6 +20,8 @@ from flowkit.eval.provenance import versions
 from flowkit.eval.sampling_plan import Plan, sampling_plans
 from flowkit.eval.settings import FidConfig
 from flowkit.eval.speed import measure_speed
+from flowkit.registry import look_up
+from flowkit.samplers.solve import SOLVERS, find_solver, is_adaptive
 from flowkit.schema import to_dict
 from flowkit.velocity import VelocityModel
 
@@ -32,10 +34,11 @@ def speed_report(config: BenchConfig) -> dict[str, Any]:
     """Measure, with a progress bar; what the file of eval/bench.py holds.
 
     {"schema", "model", "device", "threads", "versions", "config", "load_seconds", "results",
-    "summary", "skipped"}.  results: solver, cache and the fields of flowkit.eval.speed.Speed, times
-    in seconds, memory in bytes.  summary: of each solver, cache and NFE the latency, which is the
-    median of batch 1 (None if that was not measured), and the throughput of the best batch, in
-    pictures a second.  skipped: {"solver", "nfe", "reason"}, what a solver cannot spend.
+    "summary", "skipped"}.  results: solver as it was named, asked (its NFE; None of an adaptive
+    one, where each batch has its own), cache and the fields of flowkit.eval.speed.Speed, times in
+    seconds, memory in bytes.  summary: of each solver, cache and NFE asked the latency, which is
+    the median of batch 1 (None if that was not measured), and the throughput and NFE of the best
+    batch, in pictures a second.  skipped: {"solver", "nfe", "reason"}, what a solver cannot spend.
     FlowkitError: an option that fits nothing, or nothing is left to measure.
     """
     solvers = [config.solver] if isinstance(config.solver, str) else config.solver
@@ -68,7 +71,7 @@ def speed_report(config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def _sampling(config: BenchConfig, solver: str, nfe: list[int]) -> FidConfig:
+def _sampling(config: BenchConfig, solver: str, nfe: list[int] | None) -> FidConfig:
     """The options of the harness that say how to sample."""
     same = "model solver_options grid dtype seed num_classes shape vae guidance"
     given = {name: getattr(config, name) for name in same.split()}
@@ -77,19 +80,30 @@ def _sampling(config: BenchConfig, solver: str, nfe: list[int]) -> FidConfig:
 
 def _plans(
     config: BenchConfig, solvers: list[str], start: float, skipped: list[dict[str, Any]]
-) -> Iterator[Plan]:
-    for solver, nfe in product(solvers, config.nfe):
+) -> Iterator[tuple[str, Plan]]:
+    """Each solver, as it was named, with its plans."""
+    asked: list[tuple[str, int | None]] = []
+    for solver in solvers:
+        free = solver.endswith(".json") or is_adaptive(look_up("solver", solver, SOLVERS))
+        asked += [(solver, nfe) for nfe in ([None] if free and config.nfe else config.nfe)]
+    for solver, nfe in asked:
         try:
-            yield from sampling_plans(_sampling(config, solver, [nfe]), start)
+            options = _sampling(config, solver, None if nfe is None else [nfe])
+            yield from ((solver, plan) for plan in sampling_plans(options, start))
         except FlowkitError as error:
-            if len(solvers) == len(config.nfe) == 1:
+            if len(asked) == 1:
                 raise
             skipped.append({"solver": solver, "nfe": nfe, "reason": str(error)})
 
 
 def _measure(
-    config: BenchConfig, source: ModelSource, plan: Plan, cache: dict[str, Any], batch: int
+    config: BenchConfig,
+    source: ModelSource,
+    named: tuple[str, Plan],
+    cache: dict[str, Any],
+    batch: int,
 ) -> dict[str, Any]:
+    solver, plan = named
     indices = range(batch)
     noise = (1 - plan.times[0]) * source.noise(indices)
     found = measure_speed(
@@ -104,7 +118,8 @@ def _measure(
         repeats=config.repeats,
         **plan.options,
     )
-    return {"solver": plan.solver, "cache": cache, **asdict(found)}
+    asked = None if is_adaptive(find_solver(plan.solver, plan.options)) else found.nfe
+    return {"solver": solver, "asked": asked, "cache": cache, **asdict(found)}
 
 
 def _device(name: str | None) -> torch.device:
@@ -132,14 +147,15 @@ def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = list(group)
         best = max(rows, key=lambda row: row["images_per_second"])
         alone = next((row["sampling"]["median"] for row in rows if row["batch"] == 1), None)
-        same = {name: best[name] for name in ("solver", "cache", "nfe", "nfe_with_guidance")}
+        names = ("solver", "asked", "cache", "nfe", "nfe_with_guidance")
+        same = {name: best[name] for name in names}
         rate = {"throughput": best["images_per_second"], "throughput_batch": best["batch"]}
         found.append({**same, "latency": alone, **rate})
     return found
 
 
-def _run_of(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["solver"], _brief(row["cache"]), row["nfe"]
+def _run_of(row: dict[str, Any]) -> tuple[str, str, int | None]:
+    return row["solver"], _brief(row["cache"]), row["asked"]
 
 
 def _brief(cache: dict[str, Any]) -> str:

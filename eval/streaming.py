@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["Chunks", "FeatureSet", "chunk_ranges", "share"]
+
+
+ABANDONED = 24 * 3600  # seconds after which nobody works on what a launch has taken
 
 
 def chunk_ranges(start: int, end: int, size: int) -> list[range]:
@@ -118,27 +123,46 @@ def share(
     A process takes a range by making an empty file in a folder of this launch, so that a slow one
     holds up nobody; what a killed launch had taken is free again.  Returns when all are done.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, gather_object
 
     [launch] = broadcast_object_list([uuid.uuid4().hex])
     claims = folder / f".claims-{launch}"
     if accelerator.is_main_process:
-        for old in folder.glob(".claims-*"):
-            shutil.rmtree(old, ignore_errors=True)
+        _forget(folder)
         claims.mkdir(parents=True)
     accelerator.wait_for_everyone()
     missing = [indices for indices in ranges if not done(indices)]
     total = sum(map(len, missing))
     off = not (progress and accelerator.is_main_process and missing)
+    error: FlowkitError | None = None
     with tqdm(total=total, desc=title, unit="pictures", disable=off) as bar:
-        for indices in missing:
-            if _claim(claims / str(indices.start)):
-                compute(indices)
-                taken = sum(1 for _ in os.scandir(claims)) * len(missing[0])
-                bar.update(min(taken, total) - bar.n)
-    accelerator.wait_for_everyone()
+        try:
+            for indices in missing:
+                if (claims / "failed").exists():
+                    break
+                if _claim(claims / str(indices.start)):
+                    compute(indices)
+                    taken = sum(1 for _ in os.scandir(claims)) * len(missing[0])
+                    bar.update(min(taken, total) - bar.n)
+        except FlowkitError as caught:  # the others must hear of it, not wait
+            error = caught
+            _claim(claims / "failed")
+    told = [text for text in gather_object([None if error is None else str(error)]) if text]
     if accelerator.is_main_process:
         shutil.rmtree(claims, ignore_errors=True)
+    if told:
+        raise error or FlowkitError(told[0])
+
+
+def _forget(folder: Path) -> None:
+    """Remove what killed launches had taken, but not from one that may be running here as well.
+
+    Two that run at once may compute a chunk twice, which publishing by rename makes harmless.
+    """
+    for old in folder.glob(".claims-*"):
+        with suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _claim(path: Path) -> bool:

@@ -111,7 +111,10 @@ def run_sweep(settings: SweepSettings) -> list[str]:
 
     In a launch of several processes all call it; the main one writes.
     """
+    from flowkit.eval.feature_pass import make_accelerator
+
     jobs, impossible = jobs_of(settings)
+    make_accelerator()  # before anything asks for the processes' state, which is made once
     for line in impossible:
         _say(f"skipped {line}")
     failed = list(_run_all(jobs))
@@ -175,7 +178,8 @@ def _job(options: FidConfig, output_dir: Path) -> Job:
     from flowkit.eval.records import canonical_sha256
 
     told = {key: value for key, value in to_dict(options).items() if key not in _FREE}
-    files = [_stamp(options.model), _stamp(options.reference), _stamp(options.weights)]
+    named = (options.model, options.reference, options.weights, options.solver, options.vae)
+    files = [_stamp(name) for name in named]
     cache = "" if options.cache is None else f"-{options.cache.get('name')}"
     words = re.sub(r"[^\w.+-]+", "-", f"{options.name}-{Path(options.solver).stem}{cache}")
     slug = f"{words}-{canonical_sha256([told, files])[:8]}"
@@ -235,24 +239,24 @@ def _chosen(jobs: Sequence[Job], files: set[str], output: Path, seed: int) -> It
 
 def _build(settings: SweepSettings, folder: Path) -> set[str]:
     """Write the leaderboard of a folder's records; returns the files of the rows on a front."""
-    from accelerate import PartialState
-
+    from flowkit.eval.feature_pass import main_only, make_accelerator
     from flowkit.eval.leaderboard import LeaderboardSettings, read_folder, write_leaderboard
     from flowkit.eval.ranking import rank_records
     from flowkit.eval.rows import Entry
 
-    state = PartialState()
     if not (folder / "records").is_dir():
         return set()
-    if state.is_main_process:
-        page = LeaderboardSettings(
-            records=folder / "records", output_dir=folder / "leaderboard",
-            published=settings.published, metric=settings.metric, title=settings.title,
-        )  # fmt: skip
+    page = LeaderboardSettings(
+        records=folder / "records", output_dir=folder / "leaderboard",
+        published=settings.published, metric=settings.metric, title=settings.title,
+    )  # fmt: skip
+
+    def write() -> None:
         groups = write_leaderboard(page)
         rows = sum(len(group.rows) for group in groups)
         _say(f"{rows} rows in {len(groups)} rankings: {folder / 'leaderboard' / 'index.html'}")
-    state.wait_for_everyone()
+
+    main_only(make_accelerator(), write)
     found = read_folder(folder / "records")
     entries = [Entry(record, f"records/{path.name}") for path, record in found.items()]
     return {

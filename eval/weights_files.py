@@ -29,8 +29,17 @@ from flowkit.data import data_folder
 from flowkit.errors import FlowkitError
 from flowkit.files import atomic_file
 
-__all__ = ["WeightsFile", "file_sha256", "find_weights", "load_into", "offline", "state_sha256"]
+__all__ = [
+    "OPTION_HINT",
+    "WeightsFile",
+    "file_sha256",
+    "find_weights",
+    "load_into",
+    "offline",
+    "state_sha256",
+]
 
+OPTION_HINT = "give weights=PATH (evaluate.weights of a trainer)"  # how errors end
 _TIMEOUT = 10.0  # seconds to find out that there is no network
 _PIECE = 1 << 20
 
@@ -169,20 +178,26 @@ def _checked(path: Path, file: WeightsFile) -> str:
     digest = file_sha256(path)
     if not digest.startswith(file.sha256):
         raise FlowkitError(
-            f"{path} has sha256 {digest[:12]}..., expected {file.sha256[:12]}...; fetch it again"
+            f"{path} has sha256 {digest}, expected {_hash_text(file)}; fetch it again, or "
+            f"{OPTION_HINT}"
         )
     return digest
 
 
 def _title(file: WeightsFile) -> str:
-    return f"{file.name} (sha256 {file.sha256[:12]}...)" if file.sha256 else file.name
+    return f"{file.name} (sha256 {_hash_text(file)})" if file.sha256 else file.name
+
+
+def _hash_text(file: WeightsFile) -> str:
+    """All that is known of the hash."""
+    return file.sha256 if len(file.sha256) == 64 else f"{file.sha256}..."
 
 
 def _fetched(file: WeightsFile) -> Path:
     target = Path(os.environ.get("FLOWKIT_WEIGHTS") or _hub()).expanduser() / file.name
     source = f", from {file.url}," if file.url else ""
     missing = f"no feature weights at {target}; put {_title(file)}{source} there"
-    missing += ", or set evaluate.weights to its path"
+    missing += f", or {OPTION_HINT}"
     if file.url is None or offline():
         raise FlowkitError(missing)
     try:
@@ -197,8 +212,8 @@ def _fetched(file: WeightsFile) -> Path:
                     out.write(piece)
             if not digest.hexdigest().startswith(file.sha256):
                 raise FlowkitError(
-                    f"{file.url} has sha256 {digest.hexdigest()[:12]}..., expected "
-                    f"{file.sha256[:12]}...; not kept"
+                    f"{file.url} has sha256 {digest.hexdigest()}, expected {_hash_text(file)}; "
+                    "not kept"
                 )
     except OSError as error:
         raise FlowkitError(f"{missing} (fetching it failed: {_reason(error)})") from None

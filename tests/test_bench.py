@@ -24,6 +24,7 @@ from flowkit.flow_adapters import FlowVelocity
 from flowkit.nets import DDT, MLP
 from flowkit.samplers import sample, shared_encoder
 from flowkit.samplers.grids import uniform
+from flowkit.samplers.schedule_file import Schedule, Step
 from flowkit.velocity import VelocityModel, bind, guided
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,6 +192,24 @@ def test_the_command_measures_every_case(
     table = [line for line in printed.splitlines() if line.startswith("| ")][1:]
     assert len(table) == len(cases) and sum("*" in line for line in table) == 3
     assert report["model"]["parameters"] > 0 and report["load_seconds"] > 0
+
+
+def test_solvers_that_know_their_evaluations_are_timed_once(model: str, tmp_path: Path) -> None:
+    """Whatever nfe says to the others: an adaptive solver, and a schedule by its file."""
+    file = tmp_path / "searched.json"
+    Schedule(times=(0.0, 0.4, 1.0), steps=(Step(), Step())).save(file)
+    solvers = ["dopri5", str(file), "euler"]
+    config = BenchConfig(model, solver=solvers, nfe=[1, 4], batch=[1, 3], device="cpu")
+    report = speed_report(config)
+    assert [(row["solver"], row["asked"], row["batch"]) for row in report["results"]] == [
+        *(("dopri5", None, 1), ("dopri5", None, 3), (str(file), 2, 1), (str(file), 2, 3)),
+        *(("euler", 1, 1), ("euler", 1, 3), ("euler", 4, 1), ("euler", 4, 3)),
+    ]
+    assert [one["asked"] for one in report["summary"]] == [None, 2, 1, 4]
+    assert all(one["latency"] for one in report["summary"]) and not report["skipped"]
+    assert report["results"][0]["nfe"] > 4
+    stars = [line for line in speed_table(report).splitlines() if "*" in line]
+    assert len(stars) == 4
 
 
 def test_the_table_says_which_cache(model: str) -> None:

@@ -56,7 +56,7 @@ SIDE = 16  # of larger pictures: the final grids of samples would take the longe
 
 
 def read(name: str, *overrides: str) -> FlowConfig | ReflowConfig:
-    schema = FlowConfig if name.endswith("flow.yaml") else ReflowConfig
+    schema = FlowConfig if name.endswith(("/flow.yaml", "-flow.yaml")) else ReflowConfig
     return parse(schema, ["--config", str(CONFIGS / name), *overrides], doc="")
 
 

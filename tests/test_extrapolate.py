@@ -86,6 +86,24 @@ def test_the_jackknife_leaves_groups_out() -> None:
     assert frechet_jackknife(chunks, FrechetReference(reference)).groups == 12
 
 
+def test_a_short_last_chunk_hardly_moves_the_jackknife() -> None:
+    """Beside the even chunks alone, and against the formula of unequal groups, written out."""
+    rows, reference = _normal(410, 6, 9) + 0.2, FrechetReference(_normal(500, 6, 5))
+    even = frechet_jackknife([_moments(p) for p in rows[:400].split(50)], reference)
+    short = frechet_jackknife([_moments(p) for p in rows.split(50)], reference)
+    assert short.groups == 9
+    assert short.std == pytest.approx(even.std, rel=0.25)
+    assert short.corrected == pytest.approx(even.corrected, abs=even.std)
+    kept = [torch.cat([rows[: 50 * i], rows[50 * i + 50 :]]) for i in range(9)]
+    left = np.array([reference.parts(_moments(part)).value for part in kept])
+    sizes = np.array([50] * 8 + [10])
+    h = 410 / sizes
+    corrected = 9 * short.value - np.sum((1 - sizes / 410) * left)
+    pseudo = h * short.value - (h - 1) * left
+    assert short.corrected == pytest.approx(corrected, rel=1e-7)
+    assert short.std**2 == pytest.approx(np.mean((pseudo - corrected) ** 2 / (h - 1)), rel=1e-6)
+
+
 def test_the_jackknifes_error_is_that_of_fresh_samples() -> None:
     """Against the spread over 40 sets drawn anew; 20 groups leave it 16 % uncertain."""
     d, reference = 4, _standard(4)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -53,7 +56,29 @@ def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     features = load_extractor("my_features:flat")
     pictures = _digits("test")[:3]
     assert torch.equal(features(pictures), pictures.flatten(1) * 2)
-    assert features.id == "my_features:flat"
+    assert features.id == f"my_features:flat@{features.weights_sha256[:12]}"
+
+
+def test_edited_code_is_another_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function or the class of a network, whatever its weights; without source it is said."""
+    monkeypatch.chdir(tmp_path)
+    ids = []
+    for factor in (2, 33):
+        (tmp_path / "my_edited.py").write_text(
+            f"from torch import nn\ndef flat(x):\n    return x.flatten(1) * {factor}\n"
+            f"class Net(nn.Module):\n    def forward(self, x):\n        return flat(x)\n"
+        )
+        monkeypatch.delitem(sys.modules, "my_edited", raising=False)
+        importlib.invalidate_caches()
+        found = [load_extractor(f"my_edited:{name}") for name in ("flat", "flat", "Net")]
+        assert found[0].id == found[1].id and all(one.reusable for one in found)
+        ids += [one.id.partition("@")[2] for one in found[1:]]
+    assert ids[0] != ids[2] and ids[1] != ids[3]
+    module = types.ModuleType("my_typed")
+    module.flat = lambda x: x.flatten(1)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_typed", module)
+    typed = load_extractor("my_typed:flat")
+    assert typed.id == "my_typed:flat (no source)" and not typed.reusable
 
 
 def test_pictures_may_be_of_any_float_dtype() -> None:
@@ -90,7 +115,7 @@ def test_a_whole_network_may_be_named(tmp_path: Path, monkeypatch: pytest.Monkey
         ("digit", "did you mean 'digits'"),
         ("no_such_module:thing", "no_such_module"),
         ("math:nothing", "nothing"),
-        ("math:pi", "are a float"),
+        ("math:pi", "a float; expected a function"),
         (":thing", "expected module:attribute"),
     ],
 )

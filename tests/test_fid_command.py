@@ -3,12 +3,14 @@ is measured; and one clear line for what cannot be measured."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipelines import dit, sd3
@@ -128,10 +131,10 @@ def test_numbers_are_those_of_the_definition(measure, model):
 
 
 def test_the_record_says_how_it_was_made(measure, options, tmp_path):
-    changes = {"nfe": [4], "solver": "heun", "straightness_samples": 40}
+    changes = {"nfe": [4], "solver": "heun", "straightness_samples": 40, "chunk_size": 12}
     [record] = measure(**changes, output_dir=str(tmp_path / "run"), name="tiny")
     assert (record.nfe, record.nfe_with_guidance, record.steps) == (4, 4, 2)
-    assert (record.num_samples, record.seeds, record.chunk_size) == (SAMPLES, [0, SAMPLES], 16)
+    assert (record.num_samples, record.seeds, record.chunk_size) == (SAMPLES, [0, SAMPLES], 12)
     assert record.reference["name"] == "digits-test" and record.reference["n"] == 500
     assert record.model["parameters"] == sum(
         p.numel() for p in from_diffusers(options.model).parameters()
@@ -139,7 +142,7 @@ def test_the_record_says_how_it_was_made(measure, options, tmp_path):
     assert record.config["nfe"] == [4] and record.convention == "none"
     assert record.straightness["per_dim"] == pytest.approx(record.straightness["total"] / 64)
     assert record.images_per_second > 0 and record.peak_memory > 1e6
-    assert record.errors["fid"]["jackknife"] > 0 and record.errors["fid"]["groups"] == 4
+    assert record.errors["fid"]["jackknife"] > 0 and record.errors["fid"]["groups"] == 5
     folder = tmp_path / "run" / "records"
     [path] = folder.glob("*.json")
     assert read_record(path) == record and path.name.startswith("tiny-heun-nfe-0004-")
@@ -305,6 +308,23 @@ def test_a_searched_schedule_is_a_solver(measure, model, tmp_path):
     assert (record.nfe, record.solver, record.steps) == (2, "euler", 2)
 
 
+def test_a_replaced_schedule_is_another(measure, tmp_path):
+    """Same file, same number of evaluations, other times: neither its samples nor its record."""
+    path, folder = tmp_path / "schedule.json", str(tmp_path / "run")
+    Schedule(times=(0.0, 0.2, 1.0), solver="euler").save(path)
+    asked = {"solver": str(path), "nfe": None}
+    [first] = measure(**asked, output_dir=folder)
+    Schedule(times=(0.0, 0.4, 1.0), solver="euler").save(path)
+    assert "another run: plan nfe-0002 was" in refusal(measure, **asked, output_dir=folder)
+    [second] = measure(**asked)
+    assert first.config_sha256 != second.config_sha256
+    Schedule(times=(0.0, 0.2, 0.4, 1.0), solver="euler").save(path)
+    [third] = measure(**asked, output_dir=folder)  # of another name: beside the first one's
+    assert third.nfe == 3
+    Schedule(times=(0.0, 0.2, 1.0), solver="euler").save(path)
+    assert measure(**asked, output_dir=folder)[0].samples_sha256 == first.samples_sha256
+
+
 @pytest.mark.parametrize(
     "solver, grid, nfe, steps",
     [("heun", "uniform", 6, 3), ("edm_heun", "edm", 35, 18), ("abm", "power", 5, 5)],
@@ -353,6 +373,30 @@ def test_statistics_stand_for_their_pictures(measure, references, tmp_path):
     assert "holds statistics, and a metric needs features" in text
 
 
+def test_what_a_reference_lacks_is_said_before_sampling(measure, references, tmp_path):
+    """Every refusal with num_samples that would take hours, and before any chunk is written."""
+    kept = {"features": "digits", "output_dir": references, "progress": False}
+    out = str(tmp_path / "plain.npz")
+    make_reference(ReferenceConfig(data="digits-test", out=out, **kept))
+    wide = tmp_path / "wide.npy"
+    np.save(wide, np.random.default_rng(0).integers(0, 256, (9, 6, 6), dtype=np.uint8))
+    subsets, k = {"kid": {"subsets": 9, "subset_size": 501}}, {"precision_recall": {"k": 500}}
+    for changes, message in (
+        ({"metrics": ["kid"], "reference": out}, "a metric needs features"),
+        ({"features": "pixels", "reference": str(wide)}, "has 36 features a picture and this run"),
+        ({"metrics": ["kid"], "metric_options": subsets}, "subsets of 501 cannot be drawn"),
+        ({"metrics": ["kid"], "metric_options": {"kid": {"block_size": 9}}}, "in a block of 9"),
+        ({"metrics": ["precision_recall"], "metric_options": k}, "k=500 neighbours need more"),
+    ):
+        run = {"num_samples": 10**7, "output_dir": str(tmp_path / "refused")} | changes
+        assert message in refusal(measure, **run)
+        assert not (tmp_path / "refused" / "chunks").exists()
+        shutil.rmtree(tmp_path / "refused")
+    text = refusal(measure, model=None, pictures="digits-train", features="pixels",
+                   reference=str(wide), output_dir=str(tmp_path / "refused"))  # fmt: skip
+    assert "has 36 features" in text and not (tmp_path / "refused").exists()
+
+
 def test_a_diffusers_pipeline_with_its_decoder(measure, tmp_path):
     dit().save_pretrained(tmp_path / "dit")
     [record] = measure(
@@ -360,6 +404,15 @@ def test_a_diffusers_pipeline_with_its_decoder(measure, tmp_path):
         reference=_colours(tmp_path), guidance=GuidanceOptions(scale=4.0),
     )  # fmt: skip
     assert record.labels == "balanced" and record.nfe_with_guidance == 4
+    run = {"model": str(tmp_path / "dit"), "features": "pixels", "num_samples": 4}
+    run |= {"reference": str(tmp_path / "colours.npy"), "output_dir": str(tmp_path / "latents")}
+    [first] = measure(**run)
+    vae = AutoencoderKL.from_pretrained(tmp_path / "dit" / "vae")
+    torch.nn.init.normal_(vae.decoder.conv_out.weight)
+    vae.save_pretrained(tmp_path / "dit" / "vae")
+    assert "chunks of another run: vae was" in refusal(measure, **run)
+    [second] = measure(**run | {"output_dir": str(tmp_path / "again")})
+    assert second.config_sha256 != first.config_sha256
     assert "takes prompts" in refusal(measure, model=_saved(sd3(), tmp_path / "sd3"))
 
 
@@ -402,6 +455,43 @@ def test_samples_of_other_weights_are_refused(measure, tmp_path):
     measure(model=path, output_dir=folder)
     tiny(tmp_path / "model", label_dropout=0.1, num_classes=10)
     assert "chunks of another run: model was" in refusal(measure, model=path, output_dir=folder)
+
+
+def edited(folder, monkeypatch, scale):
+    """A flow and features of one's own, freshly imported."""
+    (folder / "edited_flow.py").write_text(
+        f"def flow(x_t, t):\n    return -{scale} * x_t\n"
+        f"def features(x):\n    return {scale} * x.flatten(1)[:, :8]\n"
+    )
+    monkeypatch.delitem(sys.modules, "edited_flow", raising=False)
+    importlib.invalidate_caches()
+
+
+def test_what_edited_code_made_is_not_used_again(measure, options, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    run = {"model": "edited_flow:flow", "shape": [1, 8, 8], "output_dir": str(tmp_path / "own")}
+    edited(tmp_path, monkeypatch, 0.5)
+    [first] = measure(**run)
+    [seen] = measure(features="edited_flow:features")
+    edited(tmp_path, monkeypatch, 0.25)
+    assert "chunks of another run: model was" in refusal(measure, **run)
+    [second] = measure(**run | {"output_dir": str(tmp_path / "other")})
+    assert first.model["sha256"] != second.model["sha256"]
+    [again] = measure(features="edited_flow:features")  # the reference's features are made anew
+    assert again.metrics["fid"] == pytest.approx(seen.metrics["fid"] / 4, rel=1e-4)
+
+
+def test_what_has_no_source_is_computed_anew(measure, tmp_path, monkeypatch):
+    module = types.ModuleType("typed_flow")
+    monkeypatch.setitem(sys.modules, "typed_flow", module)
+    module.flow, module.features = lambda x, t: -0.5 * x, lambda x: x.flatten(1)[:, :8]
+    run = {"model": "typed_flow:flow", "shape": [1, 8, 8], "output_dir": str(tmp_path / "typed")}
+    assert measure(**run)[0].model["path"] == "typed_flow:flow (no source)"
+    assert "'typed_flow:flow' has no source" in refusal(measure, **run)
+    [first] = measure(features="typed_flow:features")
+    module.features = lambda x: 2 * x.flatten(1)[:, :8]
+    [second] = measure(features="typed_flow:features")
+    assert second.metrics["fid"] == pytest.approx(4 * first.metrics["fid"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,18 @@ def test_the_same_samples_are_no_independent_repeat(seeds, rows) -> None:
     )
 
 
+@pytest.mark.parametrize("other, rows", [("samples", 2), ("more", 1)])
+def test_pictures_drawn_again_under_another_seed_are_no_repeat(other, rows) -> None:
+    """Of one folder two seeds give overlapping draws; another folder's are others."""
+    first = record(config={"pictures": "samples", "seed": 0})
+    again = record(seed=1, config={"pictures": other, "seed": 1})
+    groups = rank_records(entries(first, again))
+    [noted] = [row for group in groups for row in group.rows if row.notes] or [None]
+    assert (noted is not None) == (rows == 2)
+    assert noted is None or "no independent repeat" in noted.notes[0]
+    assert all(row.numbers["fid"].kind == "jackknife" for g in groups for row in g.rows)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -416,6 +428,15 @@ def test_a_file_that_is_no_record_is_named(folder: Path, text: str, message: str
         build(_broken(folder, "x.json", text))
     assert "\n" not in str(caught.value)
     assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "page", "more/../deep/page"])
+def test_copies_are_no_records_of_the_next_page(folder: Path, inside: str) -> None:
+    settings = LeaderboardSettings(records=folder, output_dir=folder / inside)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(FlowkitError, match="choose an output_dir outside") as caught:
+        write_leaderboard(settings)
+    assert "\n" not in str(caught.value) and sorted(folder.rglob("*")) == before
 
 
 def test_nothing_to_show_is_said(tmp_path: Path) -> None:

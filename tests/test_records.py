@@ -7,8 +7,12 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flowkit.errors import FlowkitError
+from flowkit.eval.frechet import FrechetMoments
+from flowkit.eval.kernel import kernel_distance
+from flowkit.eval.metric_table import measure
 from flowkit.eval.records import (
     SCHEMA,
     Record,
@@ -17,6 +21,9 @@ from flowkit.eval.records import (
     read_record,
     write_record,
 )
+from flowkit.eval.reference_files import Reference
+from flowkit.eval.settings import FidConfig
+from flowkit.eval.streaming import Chunks, FeatureSet, chunk_ranges
 
 RECORD = Record(
     name="flow nfe=4",
@@ -38,6 +45,12 @@ def test_round_trip_is_exact(tmp_path):
     assert read_record(path) == RECORD
     assert path.name == f"flow-nfe-4-{RECORD.fingerprint}.json"
     assert json.loads(path.read_text())["schema"] == SCHEMA
+
+
+def test_a_path_that_does_not_move_has_no_relative_straightness(tmp_path):
+    still = {"total": 0.0, "per_dim": 0.0, "relative": math.nan}
+    path = write_record(tmp_path, replace(RECORD, straightness=still))
+    assert math.isnan((read_record(path).straightness or {})["relative"])
 
 
 def test_one_file_a_result(tmp_path):
@@ -91,6 +104,75 @@ def test_a_metric_has_one_rule_in_a_ranking():
     assert "rule of precision differs" in (comparable(RECORD, other, "precision") or "")
 
 
+@pytest.fixture
+def sets(tmp_path):
+    """40 generated features in four chunks, and a reference of 50."""
+    ours, theirs = (torch.randn(n, 6, generator=torch.manual_seed(n)) for n in (40, 50))
+    chunks, ranges = Chunks(tmp_path, frozenset({"features"})), chunk_ranges(0, 40, 10)
+    for indices in ranges:
+        chunks.write(indices, {"features": ours[indices.start : indices.stop]}, {})
+
+    def moments(part):
+        found = FrechetMoments()
+        found.update(theirs)
+        return found
+
+    return FeatureSet(chunks, ranges), Reference("r", 50, "a" * 64, moments, lambda part: theirs)
+
+
+def _measured(sets, seed=0, **options):
+    metrics = list(options) or ["fid"]
+    given = FidConfig(reference="r", metrics=metrics, metric_options=options, seed=seed)
+    return measure(*sets, given, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "metric, one, other, rule",
+    [
+        ("fid_infinity", {"seed": 1}, {}, "line in 1/N through 15 sizes from 4 to 40, seed 1"),
+        ("fid_infinity", {"points": 4}, {}, "line in 1/N through 4 sizes from 4 to 40, seed 0"),
+        ("fid_infinity", {"smallest": 9}, {}, "line in 1/N through 15 sizes from 9 to 40, seed 0"),
+        ("kid", {"block_size": 10}, {"block_size": 25}, "cubic kernel, 5 blocks of 10"),
+        ("kid", {"block_size": 50}, {"block_size": 49}, "cubic kernel, 1 block of 50"),
+        (
+            *("kid", {"subsets": 7, "subset_size": 9}, {"subsets": 8, "subset_size": 9}),
+            "cubic kernel, 7 subsets of 9, seed 2020",
+        ),
+    ],
+)
+def test_a_rule_tells_all_that_changes_the_number(metric, one, other, rule, sets):
+    found, again = (_measured(sets, **{metric: options}) for options in (one, other))
+    assert found.parts[metric]["rule"] == rule != again.parts[metric]["rule"]
+
+
+def test_subsets_are_drawn_from_the_sets_as_they_stand(sets):
+    """As torch-fidelity draws them: RandomState(seed), the generated set's rows first."""
+    ours, theirs = sets[0].rows(), sets[1].rows("features")
+    options = {"subsets": 5, "subset_size": 20, "seed": 3}
+    expected = kernel_distance(ours, theirs, **options)
+    for seed in (0, 1):
+        assert _measured(sets, seed, kid=options).metrics["kid"] == pytest.approx(expected)
+
+
+def test_blocks_stand_in_an_order_of_the_seed(sets):
+    """Another seed's blocks are others; one block knows no order."""
+    several = [_measured(sets, seed, kid={"block_size": 10}).metrics["kid"] for seed in (20, 1, 2)]
+    assert len(set(several)) == 3
+    whole = [_measured(sets, seed, kid={}).metrics["kid"] for seed in (0, 1)]
+    assert whole[0] == pytest.approx(whole[1])
+
+
+def test_few_chunks_give_no_jackknife(sets):
+    """Four groups tell next to nothing of a spread; five do."""
+    assert "fid" not in _measured(sets).errors
+    finer = Chunks(sets[0].chunks.folder / "finer", frozenset({"features"}))
+    ranges = chunk_ranges(0, 40, 9)
+    for indices in ranges:
+        rows = sets[0].rows()[indices.start : indices.stop]
+        finer.write(indices, {"features": rows}, {})
+    assert _measured((FeatureSet(finer, ranges), sets[1])).errors["fid"]["groups"] == 5
+
+
 def test_published_numbers_compare_by_name():
     hashless = RECORD.reference | {"sha256": None}
     one = replace(RECORD, reference=hashless, published=True, source="a paper")
@@ -126,10 +208,34 @@ def test_bad_files_are_named(text, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"metrics": {"fid": "3"}}, {"metrics": {"fid": math.nan}}, {"reference": "cifar"}]
+    "change, message",
+    [
+        ({"metrics": {"fid": "3"}}, "metrics must be"),
+        ({"metrics": {"fid": math.nan}}, "metrics must be"),
+        ({"metrics": {"fid": True}}, "metrics must be"),
+        ({"reference": "cifar"}, "reference must be"),
+        ({"reference": {"n": 3}}, "reference name must be text, got None"),
+        ({"reference": {"name": "x", "sha256": 3}}, "reference sha256 must be"),
+        ({"errors": [1]}, r"errors must be {text: any}, got \[1\]"),
+        ({"errors": {"fid": 1}}, "a metric's errors must be"),
+        ({"errors": {"fid": {"values": 3}}}, "errors of fid must be numbers"),
+        ({"errors": {"fid": {"jackknife": "0.1"}}}, "errors of fid must be numbers"),
+        ({"parts": {"fid": {"rule": ["a"]}}}, "a metric's rule must be"),
+        ({"config": None}, "config must be {text: any}, got None"),
+        ({"versions": None}, "versions must be"),
+        ({"nfe": "four"}, "nfe must be .*, got 'four'"),
+        ({"nfe": math.inf}, "nfe must be"),
+        ({"num_samples": "many"}, "num_samples must be int, got 'many'"),
+        ({"num_samples": 3.5}, "num_samples must be"),
+        ({"seeds": [1]}, r"seeds must be \[start, end\)"),
+        ({"seeds": ["a", "b"]}, "seeds must be"),
+        ({"model": {"parameters": "35M"}}, "model parameters must be"),
+        ({"published": 1}, "published must be"),
+    ],
 )
-def test_bad_values_are_named(change, tmp_path):
+def test_bad_values_are_named(change, message, tmp_path):
     path = write_record(tmp_path, RECORD)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(FlowkitError, match="record.*json|must be"):
+    with pytest.raises(FlowkitError, match=message) as caught:
         read_record(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)

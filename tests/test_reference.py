@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +183,35 @@ def test_pickles_are_refused_unread(name, tmp_path):
     with pytest.raises(FlowkitError, match=f"{name} is a pickle, which may run code; save its mu"):
         is_statistics(str(tmp_path / name))
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_by_another_name_is_refused_unread(tmp_path):
+    path = tmp_path / "stats.npz"
+    path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(
+        FlowkitError, match="stats.npz is no npz but a pickle, .* refused"
+    ) as caught:
+        is_statistics(str(path))
+    assert "allow_pickle" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("text", ['{"batch": 64}', "[1]", "no JSON"])
+def test_anothers_json_beside_statistics_is_passed_over(text, foreign, extractor):
+    """Once it is said what the statistics were made with; without that it is named."""
+    beside = Path(foreign).with_suffix(".json")
+    beside.write_text(text)
+    assert read_statistics(foreign, extractor, convention="none").n is None
+    with pytest.raises(FlowkitError, match="in stats.json, .*say reference_convention") as caught:
+        read_statistics(foreign, extractor)
+    assert "\n" not in str(caught.value)
+
+
+def test_our_json_beside_statistics_counts_whatever_is_said(foreign, extractor):
+    told = {"extractor": extractor.id, "convention": "clean"}
+    Path(foreign).with_suffix(".json").write_text(json.dumps(told))
+    with pytest.raises(FlowkitError, match="made with convention 'clean', this run uses 'none'"):
+        read_statistics(foreign, extractor, convention="none")
 
 
 def test_a_truncated_npz_is_named(ours, tmp_path):

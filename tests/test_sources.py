@@ -62,6 +62,14 @@ def test_a_folder_is_read_whole_and_sorted(tmp_path):
     assert torch.equal(everything(source), torch.from_numpy(array[order].transpose(0, 3, 1, 2)))
 
 
+def test_names_may_begin_with_an_underscore(tmp_path):
+    names = ["_a.png", "_class/b.png", "__c/__d.png", "e.png"]
+    write(tmp_path / "folder", names, levels(4))
+    zipped(tmp_path / "all.zip", names, levels(4))
+    assert len(open_pictures(str(tmp_path / "folder"))) == 4
+    assert len(open_pictures(str(tmp_path / "all.zip"))) == 4
+
+
 def test_zip_order_is_the_names_whatever_the_archive_says(tmp_path):
     array = levels()
     for file, order in (("one.zip", range(6)), ("two.zip", [3, 1, 5, 0, 2, 4])):

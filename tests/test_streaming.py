@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -121,11 +123,23 @@ def test_each_range_is_computed_once_and_a_killed_launch_goes_on(chunks, tmp_pat
     options = {"folder": tmp_path, "accelerator": Accelerator(cpu=True), "title": "x"}
     with pytest.raises(KeyboardInterrupt):
         share(ranges, chunks.done, compute, **options, progress=False)
-    assert len(list(tmp_path.glob(".claims-*"))) == 1
+    [old] = tmp_path.glob(".claims-*")
+    os.utime(old, (0, 0))
+    (tmp_path / ".claims-running").mkdir()  # of another launch, which may be at work
     share(ranges, chunks.done, compute, **options, progress=False)
     assert seen == [0, 10, 20, 20, 30, 40]
-    assert not list(tmp_path.glob(".claims-*"))
+    assert [path.name for path in tmp_path.glob(".claims-*")] == [".claims-running"]
     assert torch.equal(FeatureSet(chunks, ranges).rows(), ROWS)
+
+
+def test_what_fails_in_a_process_is_said_and_leaves_nothing_taken(chunks, tmp_path):
+    def compute(indices):
+        raise FlowkitError("no such picture")
+
+    options = {"folder": tmp_path, "accelerator": Accelerator(cpu=True), "title": "x"}
+    with pytest.raises(FlowkitError, match="no such picture"):
+        share([range(4)], chunks.done, compute, **options, progress=False)
+    assert not list(tmp_path.glob(".claims-*"))
 
 
 def test_chunks_of_another_run_are_refused(tmp_path):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from flowkit.config import parse
+from flowkit.config import parse, save
 from flowkit.errors import FlowkitError
 from flowkit.eval.leaderboard import read_folder
 from flowkit.eval.settings import FidConfig
 from flowkit.eval.sweep import SweepSettings, jobs_of, run_sweep
 
+SCRIPT = Path(__file__).parents[1] / "eval" / "sweep.py"
 MODULE = '''
 """Velocities of the straight flow to a Gaussian of the given deviation, per pixel."""
 def gaussian(deviation):
@@ -25,6 +29,8 @@ def gaussian(deviation):
 narrow, wide = gaussian(0.2), gaussian(0.6)
 def broken(x, t):
     return x * float("nan")
+def partly(x, t):
+    return broken(x, t) if len(x) == 10 else narrow(x, t)
 '''
 
 
@@ -89,6 +95,17 @@ def test_a_changed_model_is_a_new_run(tmp_path: Path) -> None:
     assert len(set(slugs)) == 2
 
 
+def test_a_changed_schedule_or_decoder_is_a_new_run(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    slugs = []
+    for number in range(3):
+        (tmp_path / "vae.bin").write_text("x" * max(number, 1))
+        path.write_text("{}" + " " * min(number, 1))
+        changes = {"solvers": [str(path)], "fid": {"vae": str(tmp_path / "vae.bin")}}
+        slugs += [job.slug for job in jobs_of(settings(tmp_path, **changes))[0]]
+    assert len(set(slugs)) == 6
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -137,6 +154,30 @@ def test_a_failed_run_does_not_stop_the_others(flows: Path) -> None:
         [line] = run_sweep(tried)
         assert line.startswith("broken-euler-") and "finite" in line
         assert len(read_folder(tried.output_dir / "records")) == 1
+
+
+def test_two_processes_go_on_together_when_one_of_them_fails(flows: Path) -> None:
+    """A folder that the main process refuses, and a chunk of samples that one of them cannot do."""
+    models = {"narrow": "sweep_flows:narrow", "wide": "sweep_flows:wide"}
+    models["partly"] = "sweep_flows:partly"
+    tried = settings(flows, models=models, nfe=[1], fid={"num_samples": 70})
+    job = next(job for job in jobs_of(tried)[0] if job.options.name == "narrow")
+    Path(job.options.output_dir).mkdir(parents=True)
+    (Path(job.options.output_dir) / "letter.txt").write_text("mine")
+    save(tried, flows / "sweep.yaml")
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + [str(SCRIPT), "--config", str(flows / "sweep.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "2 of the sweep's runs failed; first narrow-euler" in launched.stderr
+    assert "is not empty and holds no run" in launched.stderr
+    assert "samples 60 to 69 with nfe-0001" in launched.stderr
+    assert [one.name for one in read_folder(tried.output_dir / "records").values()] == [
+        "wide euler nfe-0001"
+    ]
+    assert (tried.output_dir / "leaderboard/index.html").is_file()
 
 
 def test_the_front_is_measured_again_on_noise_that_did_not_choose_it(flows: Path) -> None:

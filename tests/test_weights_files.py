@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,12 @@ def test_a_file_of_ones_own_needs_no_hash(tmp_path: Path) -> None:
 
 def test_a_wrong_file_in_a_usual_place_is_named(tmp_path: Path) -> None:
     path = _put(tmp_path / "temporary" / "net.pth", b"half of it")
-    with pytest.raises(FlowkitError, match=f"{path} has sha256 .*expected {DIGEST[:8]}.*fetch it"):
-        find_weights(FILE)
+    found = hashlib.sha256(b"half of it").hexdigest()
+    for known in (DIGEST[:8], DIGEST):  # all that is known of it, and no more
+        told = f"{path} has sha256 {found}, expected {known}{'...' * (known != DIGEST)}; fetch it"
+        with pytest.raises(FlowkitError, match=re.escape(told)) as caught:
+            find_weights(WeightsFile("net.pth", known))
+        assert "give weights=PATH (evaluate.weights of a trainer)" in str(caught.value)
 
 
 def test_offline_names_file_hash_and_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +84,7 @@ def test_offline_names_file_hash_and_place(tmp_path: Path, monkeypatch: pytest.M
     served = WeightsFile("net.pth", DIGEST[:8], _put(tmp_path / "served").as_uri())
     with pytest.raises(FlowkitError) as caught:
         find_weights(served)
-    for part in (str(place), DIGEST[:8], "net.pth", "served", "evaluate.weights"):
+    for part in (str(place), DIGEST[:8], "net.pth", "served", "give weights=PATH"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value) and not place.exists()
     monkeypatch.setenv("FLOWKIT_OFFLINE", "0")
