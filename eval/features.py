@@ -101,7 +101,8 @@ class Extractor:
         except RuntimeError as error:
             raise FlowkitError(
                 f"features {self.id!r} do not take pictures of shape {tuple(pictures.shape[1:])} "
-                f"({str(error).splitlines()[0]}); choose others with features=NAME (evaluate.features of a trainer)"
+                f"({str(error).splitlines()[0]}); choose others with features=NAME "
+                "(evaluate.features of a trainer)"
             ) from error
         joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         self.dim = joined["features"].shape[1]
