@@ -245,7 +245,6 @@ class FeatureCache:
             )
         self._parts.finish(now)
         if full:
-            self.features.settle()
             branch.computed += 1
             self.stats.nbytes = max(
                 self.stats.nbytes, sum(b.nbytes for b in self._branches.values())

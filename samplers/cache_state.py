@@ -100,8 +100,6 @@ class Features:
         self, rule: Rule, residual: bool, device: torch.device | str | None = None
     ) -> None:
         self.rule, self.residual, self.device = rule, residual, device
-        self.edits: bool | None = None  # whether the model writes into what its parts give
-        self._watched: list[tuple[Tensor, int]] = []
         self._nans: dict[Hashable, Tensor] = {}
 
     def keep(self, now: Pass, slot: Hashable, out: Any, base: Inputs) -> None:
@@ -114,11 +112,7 @@ class Features:
         while len(histories) < len(found):
             histories.append(History(self.rule, self.device))
         for history, leaf in zip(histories, found, strict=True):
-            below = self._below(leaf, base)
-            if below is None:
-                history.add(now.at, self._own(leaf))
-            else:
-                history.add(now.at, leaf.detach() - below, relative=True)
+            history.add(now.at, leaf, self._below(leaf, base))
 
     def forecast(self, now: Pass, slot: Hashable, base: Inputs) -> Any:
         """An output like those kept, of tensors that are the caller's own."""
@@ -140,14 +134,7 @@ class Features:
 
     def snapshot(self, out: Any) -> Any:
         """An output that may be the last of a pass, safe from what the model does with it."""
-        self._watched.clear()
-        return rebuild(out, self._own)
-
-    def settle(self) -> None:
-        """At the end of a computed pass: see whether the model has written into outputs."""
-        if self._watched:  # detached tensors share the count of edits
-            self.edits = any(leaf._version != count for leaf, count in self._watched)
-            self._watched = []
+        return rebuild(out, lambda leaf: leaf.detach().clone())
 
     def nan(self, like: Tensor) -> Tensor:
         """Not a number, in the shape of a tensor: one for all of that shape."""
@@ -159,15 +146,6 @@ class Features:
     def clear(self) -> None:
         """Drop what is kept here."""
         self._nans.clear()
-        self._watched.clear()
-
-    def _own(self, leaf: Tensor) -> Tensor:
-        """A tensor that nobody else writes to: a copy, until it is known that nobody does."""
-        leaf = leaf.detach()
-        if self.edits is None and not leaf.is_inference():
-            self._watched.append((leaf, leaf._version))
-        shared = leaf.untyped_storage().nbytes() > leaf.nbytes  # a part of something larger
-        return leaf if self.edits is False and not shared else leaf.clone()
 
     def _below(self, leaf: Tensor, base: Inputs) -> Tensor | None:
         """What a part adds to, to give `leaf`: the first of its inputs of that shape.

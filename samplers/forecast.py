@@ -71,8 +71,8 @@ def combine(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """
     if len(values) == 1:
         return values[0].clone()
-    if len(values) == 2 and values[0].device.type != "cpu":  # one kernel, float32 inside
-        return torch.lerp(values[1], values[0], weights[0])
+    if len(values) == 2 and (values[0].dtype == torch.float32 or values[0].is_cuda):
+        return torch.lerp(values[1], values[0], weights[0])  # one kernel, float32 inside
     dtype = torch.promote_types(values[0].dtype, torch.float32)
     out = values[0].to(dtype) * weights[0]
     for weight, value in zip(weights[1:], values[1:], strict=True):
@@ -111,7 +111,7 @@ class Rule:
 class History:
     """The last order + 1 values of one feature, newest first, and where they were computed.
 
-    They are kept as they came, in their own dtype; `device` is where, None for where they are.
+    They are copies in their own dtype; `device` is where, None for where they are.
     relative: a note of what they are, differences to something else; they are not mixed.
     """
 
@@ -120,16 +120,25 @@ class History:
         self.nodes: tuple[float, ...] = ()
         self.values: tuple[Tensor, ...] = ()
 
-    def add(self, place: float, value: Tensor, *, relative: bool = False) -> None:
-        """Keep a value; one of another kind starts anew, one at the newest place replaces it."""
+    def add(self, place: float, value: Tensor, below: Tensor | None = None) -> None:
+        """Keep a copy of a value, or of what it is above `below`, in the memory of one let go.
+
+        One of another kind than those kept starts anew, one at the newest place replaces it.
+        """
+        relative = below is not None
         if self.values and (self.values[0].shape, self.relative) != (value.shape, relative):
             self.nodes, self.values = (), ()
         self.relative = relative
         again = place in self.nodes[:1]
         kept = slice(int(again), self.rule.order + int(again))
-        value = value.detach() if self.device is None else value.detach().to(self.device)
+        free = [*self.values[: kept.start], *self.values[kept.stop :]]
+        own = free[0] if free else torch.empty_like(value, device=self.device, requires_grad=False)
+        if below is None or own.device != value.device:
+            own.copy_(value.detach() if below is None else value.detach() - below)
+        else:
+            torch.sub(value.detach(), below, out=own)
         self.nodes = (place, *self.nodes[kept])
-        self.values = (value, *self.values[kept])
+        self.values = (own, *self.values[kept])
 
     def forecast(self, place: float, device: torch.device | None = None) -> Tensor:
         """The feature at `place`, a new tensor on `device`."""

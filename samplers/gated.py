@@ -126,7 +126,7 @@ class _FirstBlock(Gate):
         while len(histories) < len(seen):
             histories.append(History(self.rule))
         for history, value in zip(histories, seen, strict=True):
-            history.add(now.at, value if self.change else value.clone())
+            history.add(now.at, value)
 
     def _signal(self, inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
         outputs = [out.detach() for out in outputs]
