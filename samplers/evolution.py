@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def evolve(
 def forest(known: Sequence[Scored], candidates: Sequence[Schedule]) -> list[float]:
     """A random forest on the ranks of what is known, which no outlier moves.
 
-    It learns from schedules of the candidates' solver and number of steps.
+    It learns from schedules of the candidates' solvers and numbers of steps.
     """
     from sklearn.ensemble import RandomForestRegressor
 
@@ -133,13 +134,15 @@ def forest(known: Sequence[Scored], candidates: Sequence[Schedule]) -> list[floa
     alike = [one for one in known if (one.schedule.solver, len(one.schedule.times)) in kinds]
     ranks = np.argsort(np.argsort([one.score for one in alike], kind="stable"))
     trees = RandomForestRegressor(50, min_samples_leaf=2, max_features=0.5, random_state=0)
-    trees.fit([encoded(one.schedule) for one in alike], ranks)
-    return trees.predict([encoded(schedule) for schedule in candidates]).tolist()
+    codes = [*(encoded(one.schedule) for one in alike), *map(encoded, candidates)]
+    table = np.array([*zip_longest(*codes, fillvalue=0.0)]).T  # shorter schedules end in zeros
+    trees.fit(table[: len(alike)], ranks)
+    return trees.predict(table[len(alike) :]).tolist()
 
 
 def encoded(schedule: Schedule) -> list[float]:
     """The numbers that a predictor sees: the times, and for each step its switches."""
-    numbers = list(schedule.times)
+    numbers = [float(schedule.analytic), *schedule.times]
     for step in schedule.steps or [Step()] * (len(schedule.times) - 1):
         numbers += [float(step.quantity == name) for name in QUANTITIES]
         numbers += [step.order, step.stencil, float(step.corrector == "pseudo")]
@@ -177,7 +180,13 @@ def _seen(schedule: Schedule, seen: set[Any]) -> bool:
 
 
 def _key(schedule: Schedule) -> Any:
-    return schedule.times, schedule.steps, schedule.solver, repr(schedule.options)
+    return (
+        schedule.times,
+        schedule.steps,
+        schedule.solver,
+        repr(schedule.options),
+        schedule.analytic,
+    )
 
 
 def scored(objective: Objective, schedule: Schedule) -> Scored:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from cmaes import CMA
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -59,46 +60,15 @@ def polish(
 def minimise(
     score: Callable[[Array], float], mean: Array, spread: float, evaluations: int, seed: int = 0
 ) -> Array:
-    """CMA-ES (Hansen, 2016, arXiv:1604.00772, figure 6): it draws around a mean, which moves to
-    the better half, with a covariance that learns the directions of success.
+    """CMA-ES (Hansen, 2016, arXiv:1604.00772) around a mean, whose last place is returned.
 
-    Needs no derivative and minds no roughness, which a network has in t.  Returns the last mean.
+    It needs no derivative and minds no roughness, which a network has in t.
     """
-    rng, n = np.random.default_rng(seed), len(mean)
-    count = 4 + int(3 * math.log(n))
-    raw = math.log((count + 1) / 2) - np.log(np.arange(1, count // 2 + 1))
-    weights = raw / raw.sum()
-    mass = 1 / float(weights @ weights)
-    keep_s = 1 - (mass + 2) / (n + mass + 5)
-    keep_c = 1 - (4 + mass / n) / (n + 4 + 2 * mass / n)
-    rate_1 = 2 / ((n + 1.3) ** 2 + mass)
-    rate_mu = min(1 - rate_1, 2 * (mass - 2 + 1 / mass) / ((n + 2) ** 2 + mass))
-    damping = 1 + 2 * max(0.0, math.sqrt((mass - 1) / (n + 1)) - 1) + 1 - keep_s
-    expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))  # length of a normal draw
-    covariance, path_s, path_c = np.eye(n), np.zeros(n), np.zeros(n)
-    for generation in range(1, evaluations // count + 1):
-        variances, axes = np.linalg.eigh(covariance)
-        deviations = np.sqrt(np.maximum(variances, 1e-20))
-        draws = rng.standard_normal((count, n)) * deviations @ axes.T
-        order = np.argsort([score(mean + spread * draw) for draw in draws], kind="stable")
-        best = draws[order[: len(weights)]]
-        move = weights @ best
-        mean = mean + spread * move
-        path_s = keep_s * path_s + math.sqrt((1 - keep_s**2) * mass) * (
-            axes @ (axes.T @ move / deviations)
-        )
-        length = float(np.linalg.norm(path_s))
-        # A long path means that the spread is still growing: the covariance waits.
-        waits = length > (1.4 + 2 / (n + 1)) * expected * math.sqrt(1 - keep_s ** (2 * generation))
-        path_c = keep_c * path_c + (not waits) * math.sqrt((1 - keep_c**2) * mass) * move
-        lost = waits * (1 - keep_c**2)
-        covariance = (
-            (1 - rate_1 - rate_mu + rate_1 * lost) * covariance
-            + rate_1 * np.outer(path_c, path_c)
-            + rate_mu * (best.T * weights) @ best
-        )
-        spread *= math.exp((1 - keep_s) / damping * (length / expected - 1))
-    return mean
+    strategy = CMA(mean=mean, sigma=spread, seed=seed)
+    for _ in range(evaluations // strategy.population_size):
+        draws = [strategy.ask() for _ in range(strategy.population_size)]
+        strategy.tell([(draw, score(draw)) for draw in draws])
+    return strategy.mean
 
 
 def _numbers(schedule: Schedule) -> list[tuple[int, str, float]]:

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from flowkit.errors import FlowkitError
 from flowkit.files import read_json, write_json
 
@@ -71,6 +73,8 @@ class Schedule:
     times: n + 1 increasing floats in [0, 1].
     steps: n of Step, for the solver "unified"; empty for any other.
     solver, options: the solver and its options.
+    analytic: the first velocity is taken from the data's mean, at no evaluation ("unified" only).
+    mean: of the data, nested lists that broadcast to a sample; the solver may be given it instead.
     info: whatever belongs to the schedule's origin; it does not count in comparisons.
     Raises FlowkitError for what does not fit together.
     """
@@ -79,6 +83,8 @@ class Schedule:
     steps: tuple[Step, ...] = ()
     solver: str = UNIFIED
     options: Mapping[str, Any] = field(default_factory=dict)
+    analytic: bool = False
+    mean: Any = None
     info: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +103,14 @@ class Schedule:
             )
         if self.solver == UNIFIED and self.options:
             raise FlowkitError(f"solver {UNIFIED!r} has no options but its steps")
+        if self.analytic and self.solver != UNIFIED:
+            raise FlowkitError(
+                f"an analytic first step is of solver {UNIFIED!r}, got {self.solver!r}"
+            )
+        if self.mean is not None and not _are_numbers(self.mean):
+            raise FlowkitError(
+                f"mean is a number or nested lists of numbers, got {self.mean!r:.60}"
+            )
 
     @property
     def solver_options(self) -> dict[str, Any]:
@@ -115,6 +129,8 @@ class Schedule:
             values["steps"] = [asdict(step) for step in self.steps]
         else:
             values |= {"solver": self.solver, "options": dict(self.options)}
+        if self.analytic:
+            values |= {"analytic": True, "mean": self.mean}
         return values | ({"info": dict(self.info)} if self.info else {})
 
     @classmethod
@@ -174,6 +190,14 @@ def _one_of(name: str, value: Any, known: Sequence[str], also: str = "") -> None
 def _whole(name: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise FlowkitError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether it is a finite number or lists of equal length, as deep as one likes, of them."""
+    try:
+        return bool(np.isfinite(np.array(values, dtype=np.float64)).all())
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_number(value: Any) -> bool:

@@ -23,10 +23,10 @@ _ORDER_SHARES = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.1}
 _QUANTITY_SHARES = (0.6, 0.2, 0.2)  # in the order of QUANTITIES
 
 
-def unified_schedules(times: Sequence[float]) -> list[Schedule]:
+def unified_schedules(times: Sequence[float], *, analytic: bool = False) -> list[Schedule]:
     """The fixed solvers that are points in the space of steps, on these times: Euler, ab2, deis
     "tab" 3 in velocity, abm of order 3 and 4, dpmpp_2m, dpmpp_3m, unipc of order 2, and
-    Adams-Bashforth of the noise."""
+    Adams-Bashforth of the noise.  analytic: their first steps are."""
     kinds = {
         "euler": Step(),
         "ab2": Step(order=2, stencil=1),
@@ -41,7 +41,8 @@ def unified_schedules(times: Sequence[float]) -> list[Schedule]:
     }
     count = len(times) - 1
     return [
-        Schedule(tuple(times), (step,) * count, info={"name": name}) for name, step in kinds.items()
+        Schedule(tuple(times), (step,) * count, analytic=analytic, info={"name": name})
+        for name, step in kinds.items()
     ]
 
 
@@ -58,7 +59,7 @@ def vary_steps(parents: Sequence[Schedule], rng: random.Random) -> Schedule:
     child = rng.choice(parents)
     times, steps = list(child.times), list(child.steps)
     if rng.random() < 0.3:
-        other = rng.choice(parents)
+        other = rng.choice([one for one in parents if one.analytic == child.analytic])
         cut = rng.randrange(len(steps) + 1)  # at an end: the times of one, the steps of the other
         steps[cut:] = other.steps[cut:]
         if 0 < cut < len(steps) and times[cut] < other.times[cut + 1]:
@@ -67,7 +68,7 @@ def vary_steps(parents: Sequence[Schedule], rng: random.Random) -> Schedule:
         if rng.random() < 0.3:
             times[i] = _moved(times[i - 1], times[i], times[i + 1], rng)
     steps = [_changed(step, rng) if rng.random() < 0.3 else step for step in steps]
-    return Schedule(tuple(times), tuple(steps))
+    return Schedule(tuple(times), tuple(steps), analytic=child.analytic)
 
 
 def vary_times(parents: Sequence[Schedule], rng: random.Random) -> Schedule:

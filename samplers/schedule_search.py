@@ -23,7 +23,7 @@ from flowkit.samplers.schedule_moves import on_cells, unified_schedules, vary_st
 from flowkit.samplers.solve import evaluation_times, sample
 from flowkit.velocity import Velocity
 
-__all__ = ["SampleError", "find_schedule", "find_times", "fixed_schedules"]
+__all__ = ["SampleError", "data_mean", "find_schedule", "find_times", "fixed_schedules"]
 
 # Solvers outside the space of steps that a search is to be no worse than.
 _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -45,6 +45,7 @@ class SampleError:
     distance to reference features; else it is the root mean square distance to a run of
     `reference_steps` steps of rk4 from the same noise.
     start: where the reference begins.  A schedule begins with (1 - times[0]) * noise.
+    mean: of the data, for schedules whose first step is analytic; see `data_mean`.
     batch_size: samples at once.
     """
 
@@ -55,11 +56,12 @@ class SampleError:
         *,
         measure: Callable[[Tensor], float] | None = None,
         start: float = 0.0,
+        mean: Tensor | None = None,
         reference_steps: int = 100,
         batch_size: int = 512,
     ) -> None:
         self.velocity, self.noise, self.batch_size = velocity, noise, batch_size
-        self.measure = measure
+        self.measure, self.mean = measure, mean
         if measure is None:
             fine = _from(start, grids.uniform(reference_steps))
             self.reference = self.samples(Schedule(fine, solver="rk4"))
@@ -73,12 +75,23 @@ class SampleError:
     @torch.no_grad()
     def samples(self, schedule: Schedule) -> Tensor:
         """What a schedule makes of the noise."""
-        options = {"schedule": schedule} if schedule.solver == UNIFIED else schedule.options
+        options = schedule.options
+        if schedule.solver == UNIFIED:
+            options = {"schedule": schedule, "mean": self.mean}
         starts = ((1 - schedule.times[0]) * self.noise).split(self.batch_size)
         runs = [
             sample(self.velocity, x, schedule.times, schedule.solver, **options).x for x in starts
         ]
         return torch.cat(runs)
+
+
+@torch.no_grad()
+def data_mean(velocity: Velocity, noise: Tensor, start: float = 0.0) -> Tensor:
+    """The data's mean (*) as the velocity has it: what it predicts where a run starts, on average
+    over noise (N, *)."""
+    chunks = ((1 - start) * noise).split(512)
+    predicted = [(x + (1 - start) * velocity(x, start)).double() for x in chunks]
+    return torch.cat(predicted).mean(0).to(noise.dtype)
 
 
 def fixed_schedules(nfe: int, *, start: float = 0.0) -> list[Schedule]:
@@ -102,6 +115,7 @@ def find_schedule(
     nfe: int,
     *,
     start: float = 0.0,
+    analytic: bool = False,
     generations: int = 60,
     children: int = 32,
     keep: int = 15,
@@ -112,15 +126,20 @@ def find_schedule(
     state: Path | None = None,
     progress: bool = False,
 ) -> tuple[Scored, Evolution]:
-    """The best schedule of nfe steps, every one with switches of its own, for "unified".
+    """The best schedule of nfe evaluations, every step with switches of its own, for "unified".
 
     S^3 (Liu et al., 2023, arXiv:2312.07243) at a fixed number of steps: evolution from the fixed
     solvers, then `polish` for the best few.  Never worse than a fixed solver under the objective.
+    analytic: add a first step that costs no evaluation; the objective must know the data's mean.
     The other options are those of `evolve`.
     """
+    population = fixed_schedules(nfe, start=start)
+    if analytic:
+        for grid in _GRIDS.values():
+            population += unified_schedules(_from(start, grid(nfe + 1)), analytic=True)
     evolution = evolve(
         objective,
-        fixed_schedules(nfe, start=start),
+        population,
         vary_steps,
         generations=generations,
         children=children,

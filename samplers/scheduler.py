@@ -11,7 +11,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,8 +146,18 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         """The scheduler of a searched schedule's solver, on its times to the last digit.
 
         config: of the pipeline's own scheduler; a flow pipeline may go without.
+        A pipeline evaluates its network before the first step, so an analytic one is not free: it
+        is taken with the network's velocity, one evaluation more than searched for, with a warning.
         """
         found = Schedule.load(file)
+        if found.analytic:
+            warnings.warn(
+                f"{os.fspath(file)}: its analytic first step takes the network's velocity in a "
+                f"pipeline, {len(found.steps)} evaluations instead of {len(found.steps) - 1}; "
+                "search with analytic=false for a pipeline",
+                stacklevel=2,
+            )
+            found = replace(found, analytic=False, mean=None)
         kwargs |= {"solver": found.solver, "solver_options": found.solver_options}
         return cls.from_config(config or {}, times=list(found.times), **kwargs)
 

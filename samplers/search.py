@@ -40,6 +40,11 @@ class SearchConfig:
     method: Literal["steps", "times"] = option(
         "steps", "steps: times and the switches of each step (S^3); times: AutoDiffusion"
     )
+    analytic: bool = option(
+        True,
+        "a first step from the data's mean, at no evaluation (method=steps); false for models "
+        "with conditions and for pipelines, which evaluate it all the same",
+    )
     solver: str = option("abm", "whose times method=times searches")
     solver_options: dict[str, Any] = option({}, "its options")
     measure: str | None = option(
@@ -83,6 +88,7 @@ def run(options: SearchConfig) -> Schedule:
     from flowkit.samplers.evolution import forest
     from flowkit.samplers.schedule_search import (
         SampleError,
+        data_mean,
         find_schedule,
         find_times,
         fixed_schedules,
@@ -98,11 +104,17 @@ def run(options: SearchConfig) -> Schedule:
     start = float(getattr(velocity, "t_min", 0.0))
     measure = _imported(options.measure) if options.measure else None
 
-    def objective(purpose: str, count: int) -> SampleError:
+    def noise(purpose: str, count: int) -> torch.Tensor:
         seed = derive_seed(options.seed, "search", purpose)
-        noise = keyed_noise(seed, range(count), _shape(velocity, options.shape))
+        shape = _shape(velocity, options.shape)
+        return keyed_noise(seed, range(count), shape).to(options.device)
+
+    analytic = options.analytic and options.method == "steps"
+    mean = data_mean(velocity, noise("mean", options.held_out), start) if analytic else None
+
+    def objective(purpose: str, count: int) -> SampleError:
         return SampleError(
-            velocity, noise.to(options.device), measure=measure, start=start,
+            velocity, noise(purpose, count), measure=measure, start=start, mean=mean,
             reference_steps=options.reference_steps, batch_size=options.batch_size,
         )  # fmt: skip
 
@@ -119,7 +131,7 @@ def run(options: SearchConfig) -> Schedule:
         )
     else:
         found, evolution = find_schedule(
-            train, options.nfe, polished=options.polished,
+            train, options.nfe, analytic=analytic, polished=options.polished,
             polish_evaluations=options.polish_evaluations,
             predictor=forest if options.predictor else None, **common,
         )  # fmt: skip
@@ -134,6 +146,8 @@ def run(options: SearchConfig) -> Schedule:
         "seconds": round(seconds, 1),
     }  # fmt: skip
     schedule = replace(found.schedule, info=info)
+    if schedule.analytic and mean is not None:
+        schedule = replace(schedule, mean=mean.tolist())
     schedule.save(folder / "schedule.json")
     print(f"best fixed solver ({best}): {fixed[best]:.4g} on held-out noise")
     print(f"found: {error:.4g}, {error / fixed[best]:.2f} of it, in {seconds:.0f} s")

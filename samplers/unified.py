@@ -23,8 +23,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from flowkit.errors import FlowkitError
 from flowkit.samplers.dpm import log_snr
 from flowkit.samplers.evaluations import Evaluations
 from flowkit.samplers.exponential import change, gauss, to_data, to_noise, to_velocity
@@ -38,23 +40,29 @@ def unified(
     times: Sequence[float],
     *,
     schedule: Schedule | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    mean: Tensor | None = None,
 ) -> Evaluations:
     """The step of USF (Liu et al., 2023, arXiv:2312.07243), 1 NFE each, as a schedule says.
 
     schedule: a Schedule, its dict or its file; None makes every step as "abm" does.  `times` are
     commonly its own; on others, or backwards, a step is taken as the schedule's step in which its
     middle lies.
+    mean: of the data, for a schedule whose first step is analytic, in place of its own.  Where
+    nothing is known of a sample but noise, its prediction is the data's mean: that step is free.
     A step that starts or ends where its tau is infinite is Euler's.  The pseudo corrector takes the
     step once more with one order and the prediction at its end added; that prediction is kept, at
     the corrected state.  The last step is not corrected.
     Euler, Adams-Bashforth, "abm", "dpmpp_2m" and "unipc" are points in this space.
-    Raises FlowkitError for what is no schedule.
+    Raises FlowkitError for what is no schedule, and for an analytic step without a mean.
     """
     plan = _read(schedule)
     points: list[_Point] = []
     step, moved = Step(), x
     for t, s in pairwise(times):
-        x, v = yield x, t
+        if plan.analytic and t <= plan.times[0] < s:
+            v = (_mean_of(plan, mean, x) - x) / (1 - t)
+        else:
+            x, v = yield x, t
         here, start = _Point(t, x, v), points[:1]
         if start and step.corrector == "pseudo":
             more = Step(step.quantity, min(step.order + 1, 4), min(step.stencil + 1, 3))
@@ -66,6 +74,22 @@ def unified(
         moved = _beyond_euler(points, s, step, step.relaxation)
         x = x + (s - t) * here.slope(step.quantity, x) + moved
     return x
+
+
+def _mean_of(plan: Schedule, mean: Tensor | None, x: Tensor) -> Tensor:
+    """The mean that was given, or the schedule's, like x."""
+    if mean is None and plan.mean is None:
+        raise FlowkitError(
+            "the schedule's first step is analytic and it has no mean of the data; pass mean=..."
+        )
+    found = torch.as_tensor(plan.mean if mean is None else mean, dtype=x.dtype, device=x.device)
+    pairs = zip(reversed(found.shape), reversed(x.shape), strict=False)
+    if x.ndim > 1 and (found.ndim >= x.ndim or any(m not in (1, n) for m, n in pairs)):
+        raise FlowkitError(
+            f"the data's mean has shape {tuple(found.shape)}, samples have {tuple(x.shape[1:])}; "
+            "search a schedule for this size, or one with analytic=false"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from flowkit.samplers.schedule_moves import (
 )
 from flowkit.samplers.schedule_search import (
     SampleError,
+    data_mean,
     find_schedule,
     find_times,
     fixed_schedules,
@@ -157,12 +158,25 @@ def test_the_forest_ranks_unseen_schedules():
     assert np.corrcoef(*ranks)[0, 1] > 0.6
 
 
+def test_the_forest_learns_from_schedules_of_two_lengths():
+    known = [*start(), *unified_schedules(grids.uniform(5), analytic=True)]
+    scores = [Scored(float(one.analytic), one) for one in known]
+    rng = random.Random(0)
+    new = [vary_steps(known, rng) for _ in range(40)]
+    predicted = forest(scores, new)
+    analytic = [p for p, one in zip(predicted, new, strict=True) if one.analytic]
+    others = [p for p, one in zip(predicted, new, strict=True) if not one.analytic]
+    assert analytic and others and min(analytic) > max(others)
+
+
 def test_schedules_that_differ_are_encoded_differently():
     named = [Step("data", relaxation=one) for one in RELAXATIONS]
     steps = [*map(Step, QUANTITIES), *named, Step(order=2, stencil=1), Step(stencil=2)]
     steps += [Step(relaxation=0.5), Step(corrector="pseudo"), Step(corrector_relaxation=0.5)]
-    codes = [tuple(encoded(Schedule((0.0, 1.0), (step,)))) for step in steps]
-    assert len(set(codes)) == len(steps) and len({len(code) for code in codes}) == 1
+    plans = [Schedule((0.0, 1.0), (step,)) for step in steps]
+    plans.append(Schedule((0.0, 1.0), (Step(),), analytic=True))
+    codes = [tuple(encoded(plan)) for plan in plans]
+    assert len(set(codes)) == len(plans) and len({len(code) for code in codes}) == 1
 
 
 # -- Children -----------------------------------------------------------------------------------
@@ -304,6 +318,20 @@ def test_a_short_search_beats_the_best_fixed_solver_on_other_noise(error, held_o
     assert held_out(found.schedule) < 0.75 * best
 
 
+def test_an_analytic_first_step_buys_a_step_at_no_evaluation():
+    mean = data_mean(A, keyed_noise(2, range(64), (8, 4, 4)).double())
+    exact = sum(w * m for w, m in zip((0.4, 0.6), (-0.9, 0.7), strict=True))
+    torch.testing.assert_close(mean, torch.full_like(mean, exact))
+    train, held_out = (SampleError(A, noise, mean=mean) for noise in (NOISE, OTHER_NOISE))
+    found, evolution = find_schedule(
+        train, 3, analytic=True, generations=6, children=16, polished=1, polish_evaluations=200
+    )
+    assert evolution.best[0] <= min(train(one) for one in fixed_schedules(3))
+    assert found.schedule.analytic and len(found.schedule.steps) == 4
+    assert {len(one.schedule.times) for one in evolution.archive if one.schedule.steps} == {4, 5}
+    assert held_out(found.schedule) < 0.5 * min(held_out(one) for one in fixed_schedules(3))
+
+
 @pytest.mark.parametrize(
     "solver, options", [("euler", {}), ("midpoint", {}), ("deis", {"order": 3})]
 )
@@ -359,7 +387,7 @@ def test_the_command_writes_what_it_found_and_resumes(method, importable, tmp_pa
     state = (tmp_path / "run/state.json").read_bytes()
     assert run(options) == found and (tmp_path / "run/state.json").read_bytes() == state
     x = sample(velocity, OTHER_NOISE, found.times, found.solver, **found.solver_options)
-    assert x.nfe == 3
+    assert x.nfe == 3 and found.analytic == (method == "steps")
     with pytest.raises(FlowkitError, match="other options: 'nfe' is 4, not 3"):
         run(SearchConfig(**SMALL, nfe=4, method=method, output_dir=str(tmp_path / "run")))
 
@@ -390,19 +418,18 @@ def test_the_command_refuses_in_one_line(change, words, importable, tmp_path):
 
 
 def test_help_needs_no_torch(tmp_path):
-    code = """
-import sys, types
-sys.modules["torch"] = sys.modules["diffusers"] = None
-import flowkit
-package = types.ModuleType("flowkit.samplers")  # the module by itself
-package.__path__ = [sys.argv.pop(1)]
-sys.modules["flowkit.samplers"] = package
-from flowkit.samplers import search
-search.main()
-"""
+    for name in ("torch", "diffusers"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('asked for')")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "samplers"), "--help"],
+        [sys.executable, "-m", "flowkit.samplers.search", "--help"],
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "nfe=5" in done.stdout and "S^3" in done.stdout and "generations=" in done.stdout
+
+
+def test_run_as_a_command_the_package_still_has_its_names():
+    code = "import sys; sys.argv[0] = '-m'; import flowkit.samplers as s; assert 'torch' not in "
+    code += "sys.modules; assert all(hasattr(s, name) for name in s.__all__); s.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip().endswith("has no attribute 'nothing'"), done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -200,6 +201,54 @@ def test_each_step_is_taken_where_it_lies_on_any_grid():
     assert torch.equal(whole, sample(A, X, rest, "unified", schedule=cut).x)
 
 
+MEAN = 0.4 * -0.9 + 0.6 * 0.7  # of A's data
+
+
+def test_an_analytic_first_step_is_free_and_exact_where_the_mean_is():
+    analytic = replace(MIXED, analytic=True, mean=MEAN)
+    whole = sample(A, X, MIXED.times, "unified", schedule=MIXED)
+    free = sample(A, X, MIXED.times, "unified", schedule=analytic)
+    assert free.nfe == whole.nfe - 1 == len(MIXED.steps) - 1
+    assert evaluation_times("unified", MIXED.times, schedule=analytic) == list(MIXED.times[1:-1])
+    torch.testing.assert_close(free.x, whole.x, rtol=0, atol=1e-12)
+    given = replace(analytic, mean=None)
+    mean = torch.full_like(X[0], MEAN)
+    x = sample(A, X, MIXED.times, "unified", schedule=given, mean=mean).x
+    torch.testing.assert_close(x, whole.x, rtol=0, atol=1e-12)
+
+
+def test_an_analytic_step_is_taken_from_noise_alone():
+    """Not backwards, and not in a run that begins in the middle."""
+    analytic = replace(MIXED, analytic=True, mean=MEAN)
+    for times in (MIXED.times[::-1], MIXED.times[2:]):
+        runs = [
+            sample(A, X, times, "unified", schedule=plan) if times[0] < times[1]
+            else invert(A, X, MIXED.times, "unified", schedule=plan)
+            for plan in (MIXED, analytic)
+        ]  # fmt: skip
+        assert runs[0].nfe == runs[1].nfe and torch.equal(runs[0].x, runs[1].x)
+
+
+def test_an_analytic_step_shows_its_state_to_the_callback():
+    seen = []
+    analytic = replace(MIXED, analytic=True, mean=MEAN)
+    sample(
+        A, X, MIXED.times, "unified", schedule=analytic,
+        callback=lambda step: seen.append(step.index) or None,
+    )  # fmt: skip
+    assert seen == list(range(1, len(MIXED.times)))
+
+
+@pytest.mark.parametrize(
+    "mean, words",
+    [(None, ["no mean", "mean="]), ([[1.0, 2.0, 3.0]], ["(1, 3)", "size"])],
+)
+def test_an_analytic_step_needs_a_mean_that_fits(mean, words):
+    with pytest.raises(FlowkitError) as error:
+        sample(A, X, MIXED.times, "unified", schedule=replace(MIXED, analytic=True, mean=mean))
+    assert all(word in str(error.value) for word in words)
+
+
 # -- The file -----------------------------------------------------------------------------------
 
 
@@ -243,6 +292,9 @@ BAD = [
     ({"grid": []}, ["'grid'", "times"]),
     ({"solver": "euler"}, ["'euler'", "0 steps, got 2"]),
     ({"options": {"order": 2}}, ["no options"]),
+    ({"analytic": True, "steps": [], "solver": "euler"}, ["analytic", "'euler'"]),
+    ({"analytic": True, "mean": [[1.0], [2.0, 3.0]]}, ["mean", "[[1.0], [2.0, 3.0]]"]),
+    ({"analytic": True, "mean": float("nan")}, ["mean", "nan"]),
 ]
 
 
@@ -288,6 +340,17 @@ def test_a_scheduler_has_the_files_times_to_the_last_digit(solver, tmp_path):
         x = run(scheduler, X, num_inference_steps=6)
         known = sample(A, X, plan.times, plan.solver, **plan.solver_options).x
         torch.testing.assert_close(x, known, rtol=0, atol=1e-4)  # float32 timesteps
+
+
+def test_a_scheduler_evaluates_an_analytic_step_and_says_so(tmp_path):
+    plan = replace(MIXED, analytic=True, mean=[[[MEAN]]])
+    plan.save(tmp_path / "plan.json")
+    assert Schedule.load(tmp_path / "plan.json") == plan
+    with pytest.warns(UserWarning, match="6 evaluations instead of 5; search with analytic=false"):
+        scheduler = FlowScheduler.from_schedule(tmp_path / "plan.json")
+    x = run(scheduler, X, num_inference_steps=6)
+    known = sample(A, X, plan.times, "unified", schedule=plan).x
+    torch.testing.assert_close(x, known, rtol=0, atol=1e-4)
 
 
 def test_a_pipelines_own_sigmas_and_mu_do_not_move_the_times(tmp_path):
