@@ -348,7 +348,7 @@ def test_large_grids_are_shown_smaller(folder: Path) -> None:
     output, _ = build(folder)
     page = Page((output / "index.html").read_text())
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(pictures) == 4 and all(len(source) < 100_000 for source in pictures)
+    assert len(pictures) == 4 and all(len(source) < 12_000 for source in pictures)
     assert (output / "records/grids/a.png").read_bytes() == (folder / "grids/a.png").read_bytes()
 
 
