@@ -37,7 +37,7 @@ from flowkit.samplers.cache_parts import Each, Stack
 from flowkit.samplers.cache_state import Branch, Features, Pass, Stats
 from flowkit.samplers.evaluations import Solver
 from flowkit.samplers.forecast import Rule, Schedule
-from flowkit.samplers.replay import _Run as PlannedRun
+from flowkit.samplers.replay import PlannedRun
 from flowkit.velocity import Velocity
 
 __all__ = ["FeatureCache"]
