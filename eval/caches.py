@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from flowkit.samplers import (
     shared_encoder,
     taylorseer,
 )
+from flowkit.samplers.cache_hooks import FeatureCache
 from flowkit.samplers.evaluations import Solver
 from flowkit.velocity import Velocity
 
@@ -78,77 +80,25 @@ def _encoder(
     )
 
 
-@contextmanager
-def _taylorseer(
-    run: CachedRun,
-    *,
-    interval: int = 4,
-    order: int = 2,
-    warmup: int = 2,
-    mode: str = "newton",
-    level: str | None = None,
-    last: bool = False,
-    steps: Sequence[int] | None = None,
-) -> Iterator[Velocity]:
-    """flowkit.samplers.taylorseer."""
-    with taylorseer(
-        run.velocity,
-        interval=interval,
-        order=order,
-        warmup=warmup,
-        mode=mode,
-        level=level,
-        last=last,
-        steps=steps,
-    ):
-        yield run.velocity
+def _features(
+    scope: Callable[..., AbstractContextManager[FeatureCache]],
+) -> Callable[..., AbstractContextManager[Velocity]]:
+    """A cache of features, with the options that its function in flowkit.samplers has."""
 
+    @functools.wraps(scope)
+    @contextmanager
+    def build(run: CachedRun, **options: Any) -> Iterator[Velocity]:
+        with scope(run.velocity, **options):
+            yield run.velocity
 
-@contextmanager
-def _cg_taylor(
-    run: CachedRun,
-    *,
-    threshold: float = 0.01,
-    order: int = 2,
-    first_order: int = 1,
-    warmup: int = 3,
-    per_sample: bool = False,
-    mode: str = "newton",
-) -> Iterator[Velocity]:
-    """flowkit.samplers.cg_taylor."""
-    with cg_taylor(
-        run.velocity,
-        threshold=threshold,
-        order=order,
-        first_order=first_order,
-        warmup=warmup,
-        per_sample=per_sample,
-        mode=mode,
-    ):
-        yield run.velocity
-
-
-@contextmanager
-def _first_block_cache(
-    run: CachedRun,
-    *,
-    threshold: float = 0.05,
-    order: int = 0,
-    warmup: int = 1,
-    per_sample: bool = False,
-) -> Iterator[Velocity]:
-    """flowkit.samplers.first_block_cache."""
-    with first_block_cache(
-        run.velocity, threshold=threshold, order=order, warmup=warmup, per_sample=per_sample
-    ):
-        yield run.velocity
+    return build
 
 
 # What is between the velocity and its runs: (run, *, options) -> a context that gives a velocity.
 CACHES: dict[str, Callable[..., AbstractContextManager[Velocity]]] = {
     "none": _none,
     "encoder": _encoder,
-    "taylorseer": _taylorseer,
-    "cg_taylor": _cg_taylor,
-    "first_block_cache": _first_block_cache,
+    "taylorseer": _features(taylorseer),
+    "cg_taylor": _features(cg_taylor),
+    "first_block_cache": _features(first_block_cache),
 }

@@ -151,6 +151,8 @@ def test_a_number_of_cached_steps_is_placed() -> None:
     [
         ({"name": "encodr"}, "did you mean 'encoder'"),
         ({"name": "none", "steps": 2}, "no option 'steps'"),
+        ({"name": "taylorseer", "threshold": 1}, "no option 'threshold'; it takes interval, order"),
+        ({"name": "cg_taylor", "order": 1.5}, "takes int as order, got 1.5"),
         ({"name": "encoder"}, "needs the option 'steps'"),
         ({"steps": 2}, "name"),
     ],
