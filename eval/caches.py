@@ -19,10 +19,11 @@ from flowkit.samplers import (
     taylorseer,
 )
 from flowkit.samplers.cache_hooks import FeatureCache
+from flowkit.samplers.cache_state import Stats
 from flowkit.samplers.evaluations import Solver
 from flowkit.velocity import Velocity
 
-__all__ = ["CACHES", "CachedRun", "cached"]
+__all__ = ["CACHES", "Cached", "CachedRun", "cached"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,30 @@ class CachedRun:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Cached:
+    """What does the run with a cache.
+
+    velocity: in the place of the run's.  features: the handle of a cache that skips passes.
+    """
+
+    velocity: Velocity
+    features: FeatureCache | None = None
+
+    def computed(self, count: int) -> float:
+        """Of `count` evaluations or calls of the last run, how many were computed in full.
+
+        A forecast counts as none, though what the cache leaves alone and a gate's first block ran.
+        """
+        stats = Stats() if self.features is None else self.features.stats
+        passes = stats.computed + stats.forecast
+        return count * stats.computed / passes if passes else count
+
+
 def cached(
     run: CachedRun, cache: Mapping[str, Any] | None = None
-) -> AbstractContextManager[Velocity]:
-    """A context whose velocity does the run with a cache; it can be run again and again.
+) -> AbstractContextManager[Cached]:
+    """A context that does the run with a cache; it can be run again and again.
 
     cache: {"name": one of CACHES, **its options}; None for none.
     FlowkitError: an unknown name or option, a network that the cache does not fit.
@@ -56,19 +77,20 @@ def cached(
     return build(run, **options)
 
 
-def _none(run: CachedRun) -> AbstractContextManager[Velocity]:
-    return nullcontext(run.velocity)
+def _none(run: CachedRun) -> AbstractContextManager[Cached]:
+    return nullcontext(Cached(run.velocity))
 
 
+@contextmanager
 def _encoder(
     run: CachedRun,
     *,
     steps: int | Sequence[int],
     refresh_time: bool = False,
     order: int = 0,
-) -> AbstractContextManager[Velocity]:
+) -> Iterator[Cached]:
     """flowkit.samplers.shared_encoder; a number of steps is placed by a run from the noise."""
-    return shared_encoder(
+    with shared_encoder(
         run.velocity,
         run.times,
         run.solver,
@@ -77,25 +99,26 @@ def _encoder(
         refresh_time=refresh_time,
         order=order,
         **run.options,
-    )
+    ) as shared:
+        yield Cached(shared)
 
 
 def _features(
     scope: Callable[..., AbstractContextManager[FeatureCache]],
-) -> Callable[..., AbstractContextManager[Velocity]]:
+) -> Callable[..., AbstractContextManager[Cached]]:
     """A cache of features, with the options that its function in flowkit.samplers has."""
 
     @functools.wraps(scope)
     @contextmanager
-    def build(run: CachedRun, **options: Any) -> Iterator[Velocity]:
-        with scope(run.velocity, **options):
-            yield run.velocity
+    def build(run: CachedRun, **options: Any) -> Iterator[Cached]:
+        with scope(run.velocity, **options) as features:
+            yield Cached(run.velocity, features)
 
     return build
 
 
-# What is between the velocity and its runs: (run, *, options) -> a context that gives a velocity.
-CACHES: dict[str, Callable[..., AbstractContextManager[Velocity]]] = {
+# What is between the velocity and its runs: (run, *, options) -> a context of a Cached.
+CACHES: dict[str, Callable[..., AbstractContextManager[Cached]]] = {
     "none": _none,
     "encoder": _encoder,
     "taylorseer": _features(taylorseer),

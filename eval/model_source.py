@@ -121,13 +121,14 @@ class ModelSource:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         began = _now(self.device)
-        with self._calls() as calls, cached(run, self.options.cache) as velocity:
+        with self._calls() as calls, cached(run, self.options.cache) as made:
             calls.clear()  # a cache may look at the model before it runs
-            result = sample(velocity, noise, plan.times, plan.solver, **options)
-            network_calls = len(calls)
+            result = sample(made.velocity, noise, plan.times, plan.solver, **options)
+            nfe = made.computed(result.nfe)
+            network_calls = made.computed(len(calls)) or nfe
         pictures = self.parts.decode(result.x)
         seconds = _now(self.device) - began
-        info: dict[str, Any] = {"nfe": result.nfe, "network_calls": network_calls or result.nfe}
+        info: dict[str, Any] = {"nfe": nfe, "network_calls": network_calls}
         info |= {"seconds": seconds, "peak_memory": _peak_memory(self.device)}
         return self._levels(pictures, plan, indices), info
 

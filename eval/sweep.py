@@ -221,6 +221,7 @@ def _mark(job: Job, records: Sequence[Record]) -> None:
 def _chosen(jobs: Sequence[Job], files: set[str], output: Path, seed: int) -> Iterator[Job]:
     """The runs of the rows on a front, with another seed and folder."""
     from flowkit.eval.records import read_record
+    from flowkit.eval.sampling_plan import sampling_plans
     from flowkit.files import read_json
 
     for job in jobs:
@@ -231,8 +232,12 @@ def _chosen(jobs: Sequence[Job], files: set[str], output: Path, seed: int) -> It
             for name in read_json(_marker(job))
             if f"records/{name}" in files
         ]
-        nfe = None if job.options.nfe is None else sorted({round(one.nfe or 0) for one in found})
         if found:
+            nfe = job.options.nfe
+            if nfe is not None:
+                steps = {one.steps for one in found}  # what a cache leaves as it is, unlike the NFE
+                plans = sampling_plans(job.options)
+                nfe = sorted(plan.nfe or 0 for plan in plans if len(plan.times) - 1 in steps)
             options = replace(job.options, nfe=nfe, seed=seed, records=str(output / "records"))
             yield _job(options, output)
 
