@@ -199,6 +199,7 @@ def same_results(folder, fresh):
         assert other.errors == one.errors
 
 
+@pytest.mark.slow  # a launch of the sweep checks the same every day
 def test_two_processes_fill_the_gaps_with_the_same_bits(measure, options, tmp_path):
     """Half of the chunks from one process, the rest from two, against one alone."""
     folder = tmp_path / "run"
