@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from flowkit.samplers import (
     shared_encoder,
     taylorseer,
 )
+from flowkit.samplers.cache_hooks import FeatureCache
+from flowkit.samplers.cache_state import Stats
 from flowkit.samplers.evaluations import Solver
 from flowkit.velocity import Velocity
 
-__all__ = ["CACHES", "CachedRun", "cached"]
+__all__ = ["CACHES", "Cached", "CachedRun", "cached"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,30 @@ class CachedRun:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Cached:
+    """What does the run with a cache.
+
+    velocity: in the place of the run's.  features: the handle of a cache that skips passes.
+    """
+
+    velocity: Velocity
+    features: FeatureCache | None = None
+
+    def computed(self, count: int) -> float:
+        """Of `count` evaluations or calls of the last run, how many were computed in full.
+
+        A forecast counts as none, though what the cache leaves alone and a gate's first block ran.
+        """
+        stats = Stats() if self.features is None else self.features.stats
+        passes = stats.computed + stats.forecast
+        return count * stats.computed / passes if passes else count
+
+
 def cached(
     run: CachedRun, cache: Mapping[str, Any] | None = None
-) -> AbstractContextManager[Velocity]:
-    """A context whose velocity does the run with a cache; it can be run again and again.
+) -> AbstractContextManager[Cached]:
+    """A context that does the run with a cache; it can be run again and again.
 
     cache: {"name": one of CACHES, **its options}; None for none.
     FlowkitError: an unknown name or option, a network that the cache does not fit.
@@ -54,19 +77,20 @@ def cached(
     return build(run, **options)
 
 
-def _none(run: CachedRun) -> AbstractContextManager[Velocity]:
-    return nullcontext(run.velocity)
+def _none(run: CachedRun) -> AbstractContextManager[Cached]:
+    return nullcontext(Cached(run.velocity))
 
 
+@contextmanager
 def _encoder(
     run: CachedRun,
     *,
     steps: int | Sequence[int],
     refresh_time: bool = False,
     order: int = 0,
-) -> AbstractContextManager[Velocity]:
+) -> Iterator[Cached]:
     """flowkit.samplers.shared_encoder; a number of steps is placed by a run from the noise."""
-    return shared_encoder(
+    with shared_encoder(
         run.velocity,
         run.times,
         run.solver,
@@ -75,80 +99,29 @@ def _encoder(
         refresh_time=refresh_time,
         order=order,
         **run.options,
-    )
+    ) as shared:
+        yield Cached(shared)
 
 
-@contextmanager
-def _taylorseer(
-    run: CachedRun,
-    *,
-    interval: int = 4,
-    order: int = 2,
-    warmup: int = 2,
-    mode: str = "newton",
-    level: str | None = None,
-    last: bool = False,
-    steps: Sequence[int] | None = None,
-) -> Iterator[Velocity]:
-    """flowkit.samplers.taylorseer."""
-    with taylorseer(
-        run.velocity,
-        interval=interval,
-        order=order,
-        warmup=warmup,
-        mode=mode,
-        level=level,
-        last=last,
-        steps=steps,
-    ):
-        yield run.velocity
+def _features(
+    scope: Callable[..., AbstractContextManager[FeatureCache]],
+) -> Callable[..., AbstractContextManager[Cached]]:
+    """A cache of features, with the options that its function in flowkit.samplers has."""
+
+    @functools.wraps(scope)
+    @contextmanager
+    def build(run: CachedRun, **options: Any) -> Iterator[Cached]:
+        with scope(run.velocity, **options) as features:
+            yield Cached(run.velocity, features)
+
+    return build
 
 
-@contextmanager
-def _cg_taylor(
-    run: CachedRun,
-    *,
-    threshold: float = 0.01,
-    order: int = 2,
-    first_order: int = 1,
-    warmup: int = 3,
-    per_sample: bool = False,
-    mode: str = "newton",
-) -> Iterator[Velocity]:
-    """flowkit.samplers.cg_taylor."""
-    with cg_taylor(
-        run.velocity,
-        threshold=threshold,
-        order=order,
-        first_order=first_order,
-        warmup=warmup,
-        per_sample=per_sample,
-        mode=mode,
-    ):
-        yield run.velocity
-
-
-@contextmanager
-def _first_block_cache(
-    run: CachedRun,
-    *,
-    threshold: float = 0.05,
-    order: int = 0,
-    warmup: int = 1,
-    per_sample: bool = False,
-) -> Iterator[Velocity]:
-    """flowkit.samplers.first_block_cache."""
-    with first_block_cache(
-        run.velocity, threshold=threshold, order=order, warmup=warmup, per_sample=per_sample
-    ):
-        yield run.velocity
-
-
-# What is between the velocity and its runs: (run, *, options) -> a context that gives a velocity.
-CACHES: dict[str, Callable[..., AbstractContextManager[Velocity]]] = {
+# What is between the velocity and its runs: (run, *, options) -> a context of a Cached.
+CACHES: dict[str, Callable[..., AbstractContextManager[Cached]]] = {
     "none": _none,
     "encoder": _encoder,
-    "taylorseer": _taylorseer,
-    "cg_taylor": _cg_taylor,
-    "first_block_cache": _first_block_cache,
+    "taylorseer": _features(taylorseer),
+    "cg_taylor": _features(cg_taylor),
+    "first_block_cache": _features(first_block_cache),
 }

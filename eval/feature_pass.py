@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +29,6 @@ __all__ = [
     "chunk_tensors",
     "device_name",
     "main_only",
-    "make_accelerator",
     "pass_identity",
     "picture_chunks",
     "refuse_grey",
@@ -40,28 +37,6 @@ __all__ = [
 
 T = TypeVar("T")
 SHOWN = 64  # pictures of a set that are kept for its grid
-
-# One process measures while the others wait; launchers notice a dead process themselves.
-PATIENCE = timedelta(days=7)
-
-
-def make_accelerator() -> Accelerator:
-    """The processes of this launch; refuses one in which every process would work alone."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != world:
-        raise FlowkitError(
-            f"the launcher started {world} processes but accelerate sees "
-            f"{accelerator.num_processes}, so each would work alone; without GPUs, launch with "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
-        )
-    return accelerator
 
 
 def main_only(accelerator: Accelerator, work: Callable[[], T]) -> T | None:

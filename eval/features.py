@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from flowkit.errors import FlowkitError
 from flowkit.eval.classifiers import DigitsNet, ResNet20, ResNet56
-from flowkit.eval.own_code import NO_SOURCE, load_own, own_sha256
+from flowkit.eval.own_code import NO_SOURCE, own_sha256
 from flowkit.eval.recipes import DIGITS_WEIGHTS, Recipe, Weights, full_name, make_recipe
 from flowkit.eval.resize import exact_float32
 from flowkit.pictures import to_uint8
+from flowkit.registry import import_named
 
 __all__ = [
     "DIGITS_WEIGHTS",
@@ -163,6 +164,6 @@ def load_extractor(
 
 def _own(name: str) -> Recipe:
     """With a hash of the code and the weights: an untrained network differs from run to run."""
-    found = load_own("features", name)
+    found = import_named("features", name)
     net = found() if isinstance(found, type) else found
     return Recipe(net, own_sha256(name, net) or "")

@@ -14,7 +14,6 @@ from flowkit.errors import FlowkitError
 from flowkit.eval.feature_pass import (
     chunk_tensors,
     main_only,
-    make_accelerator,
     pass_identity,
     picture_chunks,
     refuse_grey,
@@ -33,6 +32,7 @@ from flowkit.eval.sampling_plan import Plan, sampling_plans
 from flowkit.eval.settings import FidConfig
 from flowkit.eval.sources import open_pictures, picked
 from flowkit.eval.streaming import FeatureSet, chunk_ranges
+from flowkit.processes import launched
 
 __all__ = ["FidRun"]
 
@@ -54,7 +54,7 @@ class FidRun:
             raise FlowkitError("say what to measure: either model=... or pictures=...")
         check_metrics(options)
         self.options, self.folder = options, Path(options.output_dir)
-        self.accelerator = make_accelerator()
+        self.accelerator = launched()
         self.device = self.accelerator.device
         self.extractor = load_extractor(options.features, options.weights, self.device)
         self.parts = parts_of(options.metrics)
@@ -89,25 +89,9 @@ class FidRun:
 
     def _check_folder(self) -> None:
         """Refuse a folder with anything but chunks of the same options."""
-        file = self.folder / "config.yaml"
-        if file.is_file():
-            try:
-                stored = config.load(FidConfig, file)
-            except FlowkitError:
-                raise FlowkitError(
-                    f"{self.folder} holds a run of another command; choose another output_dir"
-                ) from None
-            difference = config.first_difference(self.options, stored, ignore=MAY_CHANGE)
-            if difference:
-                raise FlowkitError(
-                    f"{self.folder} holds samples of another run: {difference}; give the same "
-                    "options to resume it, or another output_dir"
-                )
-        elif self.folder.is_dir() and any(p.name[0] != "." for p in self.folder.iterdir()):
-            raise FlowkitError(
-                f"{self.folder} is not empty and holds no run of this command; "
-                "choose another output_dir"
-            )
+        config.check_folder(
+            self.options, self.folder, ignore=MAY_CHANGE, holds="samples of another run"
+        )
 
     def _check_reference(
         self, reference: Reference, lengths: Mapping[str, int], count: int

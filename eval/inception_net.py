@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,15 @@ SCRIPT = WeightsFile(
 )
 _EPSILON = 1e-3  # of its batch norms
 _CLASSES = 1008
-_FORK = "fork"  # 1x3 and 3x1 side by side on one input
 
 Kernel = int | tuple[int, int]
-Step = tuple[int, Kernel | str] | tuple[int, Kernel, int]  # channels out, kernel, stride
+Step = tuple[int, Kernel] | tuple[int, Kernel, int]  # channels out, kernel, stride
+
+
+class _Fork(NamedTuple):
+    """1x3 and 3x1 side by side on one input."""
+
+    outputs: int  # channels of each
 
 
 class _Conv(nn.Conv2d):
@@ -44,7 +50,6 @@ class _Conv(nn.Conv2d):
 
     def __init__(self, inputs: int, step: Step, script: str) -> None:
         outputs, kernel, stride = (*step, 1)[:3]
-        assert not isinstance(kernel, str)
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (height // 2, width // 2) if stride == 1 else 0
         super().__init__(inputs, outputs, (height, width), stride, padding)
@@ -64,7 +69,7 @@ class _Mixed(nn.Module):
     def __init__(
         self,
         inputs: int,
-        towers: dict[str, list[Step]],
+        towers: dict[str, list[Step | _Fork]],
         pool: tuple[str, int] | None,
         *,
         script: str,
@@ -82,8 +87,8 @@ class _Mixed(nn.Module):
             channels = inputs
             for i, step in enumerate(steps):
                 key = f"{name}_{i + 1}" if len(steps) > 1 else name
-                if step[1] == _FORK:
-                    out = step[0]
+                if isinstance(step, _Fork):
+                    [out] = step
                     self.add_module(f"{key}a", _Conv(channels, (out, (1, 3)), f"{title}mixed_conv"))
                     other = _Conv(channels, (out, (3, 1)), f"{title}mixed_conv_1")
                     self.add_module(f"{key}b", other)
@@ -116,7 +121,7 @@ class _Mixed(nn.Module):
 
 
 def _mixed_a(inputs: int, pool: int, script: str) -> _Mixed:
-    towers: dict[str, list[Step]] = {
+    towers: dict[str, list[Step | _Fork]] = {
         "branch1x1": [(64, 1)],
         "branch5x5": [(48, 1), (64, 5)],
         "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
@@ -125,7 +130,7 @@ def _mixed_a(inputs: int, pool: int, script: str) -> _Mixed:
 
 
 def _mixed_b(inputs: int, script: str) -> _Mixed:
-    towers: dict[str, list[Step]] = {
+    towers: dict[str, list[Step | _Fork]] = {
         "branch3x3": [(384, 3, 2)],
         "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)],
     }
@@ -134,7 +139,7 @@ def _mixed_b(inputs: int, script: str) -> _Mixed:
 
 def _mixed_c(width: int, script: str) -> _Mixed:
     row, column = (1, 7), (7, 1)
-    towers: dict[str, list[Step]] = {
+    towers: dict[str, list[Step | _Fork]] = {
         "branch1x1": [(192, 1)],
         "branch7x7": [(width, 1), (width, row), (192, column)],
         "branch7x7dbl": [(width, 1), *((width, k) for k in (column, row, column)), (192, row)],
@@ -143,7 +148,7 @@ def _mixed_c(width: int, script: str) -> _Mixed:
 
 
 def _mixed_d(script: str) -> _Mixed:
-    towers: dict[str, list[Step]] = {
+    towers: dict[str, list[Step | _Fork]] = {
         "branch3x3": [(192, 1), (320, 3, 2)],
         "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
     }
@@ -151,10 +156,10 @@ def _mixed_d(script: str) -> _Mixed:
 
 
 def _mixed_e(inputs: int, pool: str, script: str) -> _Mixed:
-    towers: dict[str, list[Step]] = {
+    towers: dict[str, list[Step | _Fork]] = {
         "branch1x1": [(320, 1)],
-        "branch3x3": [(384, 1), (384, _FORK)],
-        "branch3x3dbl": [(448, 1), (384, 3), (384, _FORK)],
+        "branch3x3": [(384, 1), _Fork(384)],
+        "branch3x3dbl": [(448, 1), (384, 3), _Fork(384)],
     }
     return _Mixed(inputs, towers, (pool, 192), script=script, joint="_")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -17,22 +18,26 @@ from urllib.parse import quote
 from PIL import Image
 
 from flowkit.errors import FlowkitError
+from flowkit.eval.report import LABEL_HEIGHT
 from flowkit.eval.rows import Entry, Row
 from flowkit.pictures import UNREADABLE, one_line
 
 __all__ = ["row_details", "thumbnail"]
 
-GRID_SIDE, GRID_BYTES = 640, 150_000  # larger grids are shown smaller
-THUMB_SIDE = 88  # twice what it is shown at
+GRID_SIDE = 200  # wider grids are shown in part, and smaller
+COLOURS = 16  # of a picture that is drawn rather than taken
+THUMB_SIDE = 44  # what it is shown at
 
 
 def row_details(row: Row, grid: Path | None) -> str:
     """Facts, samples and the whole records of a row; grid: the picture of its samples."""
     figure = ""
-    if grid:
+    shown = [entry for entry in row.entries if entry.record.grid_png]
+    if grid and shown:
         alt = f"samples of {row.model}, {row.method}"
+        whole = quote(f"{shown[0].file.rpartition('/')[0]}/{shown[0].record.grid_png}")
         figure = f'<figure><img alt="{escape(alt)}" loading="lazy" src="{_data_uri(grid)}">'\
-                 "<figcaption>samples</figcaption></figure>"  # fmt: skip
+                 f'<figcaption><a href="{whole}">all samples</a></figcaption></figure>'  # fmt: skip
     records = "".join(_record(entry, len(row.entries) == 1) for entry in row.entries)
     return f'<div class="details">{figure}<div class="records">{_summary(row)}{records}</div></div>'
 
@@ -59,12 +64,14 @@ def _summary(row: Row) -> str:
 
 
 def _record(entry: Entry, opened: bool) -> str:
-    text = json.dumps(asdict(entry.record), indent=2, ensure_ascii=False)
+    values = asdict(entry.record).items()
+    lines = [f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in values]
+    text = ",\n ".join(lines)
     name = entry.file.rpartition("/")[2]
     return (
         f"<details{' open' * opened}><summary>{escape(name)}</summary>"
         f'<a href="{quote(entry.file)}">{escape(entry.file)}</a>'
-        f"<pre>{escape(text)}</pre></details>"
+        f"<pre>{{{escape(text, quote=False)}}}</pre></details>"
     )
 
 
@@ -80,14 +87,14 @@ def thumbnail(grid: Path, mark: str) -> str:
 
 
 def _data_uri(grid: Path) -> str:
-    """The picture as it is, or smaller if it is large."""
+    """The picture as it is; of a wide one the upper half, no label, at an n-th of its size."""
     with _opened(grid) as image:
-        small = max(image.size) <= GRID_SIDE and grid.stat().st_size <= GRID_BYTES
-        if small and image.format == "PNG":
-            return f"data:image/png;base64,{base64.b64encode(grid.read_bytes()).decode()}"
         shown = image.convert("RGB")
-        shown.thumbnail((GRID_SIDE, GRID_SIDE))
-        return _encoded(shown, "WEBP")
+    if shown.width > GRID_SIDE:
+        shown = shown.crop((0, LABEL_HEIGHT, shown.width, (shown.height + LABEL_HEIGHT) // 2))
+        shown = shown.reduce(math.ceil(shown.width / GRID_SIDE))
+    few = shown.quantize(COLOURS, dither=Image.Dither.NONE)
+    return min(_encoded(shown, "WEBP"), _encoded(few, "PNG"), key=len)
 
 
 def _opened(grid: Path) -> Image.Image:
@@ -101,5 +108,6 @@ def _opened(grid: Path) -> Image.Image:
 
 def _encoded(image: Image.Image, kind: str) -> str:
     out = io.BytesIO()
-    image.save(out, format=kind, quality=82)
+    options: dict[str, Any] = {"optimize": True} if kind == "PNG" else {"quality": 60}
+    image.save(out, format=kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"

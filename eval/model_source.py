@@ -24,7 +24,7 @@ from flowkit.errors import FlowkitError
 from flowkit.eval.caches import CachedRun, cached
 from flowkit.eval.flow_measures import straightness
 from flowkit.eval.model_parts import Parts, model_parts, null_class
-from flowkit.eval.own_code import NO_SOURCE, load_own, own_sha256
+from flowkit.eval.own_code import NO_SOURCE, own_sha256
 from flowkit.eval.picture_rules import conformed
 from flowkit.eval.records import canonical_sha256
 from flowkit.eval.sampling_plan import Plan
@@ -33,6 +33,7 @@ from flowkit.eval.weights_files import state_sha256
 from flowkit.latents import Latents, vae_identity
 from flowkit.noise import derive_seed, keyed_noise
 from flowkit.pictures import to_uint8
+from flowkit.registry import import_named
 from flowkit.samplers.evaluations import per_sample
 from flowkit.samplers.grids import from_start
 from flowkit.samplers.solve import sample
@@ -120,13 +121,14 @@ class ModelSource:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         began = _now(self.device)
-        with self._calls() as calls, cached(run, self.options.cache) as velocity:
+        with self._calls() as calls, cached(run, self.options.cache) as made:
             calls.clear()  # a cache may look at the model before it runs
-            result = sample(velocity, noise, plan.times, plan.solver, **options)
-            network_calls = len(calls)
+            result = sample(made.velocity, noise, plan.times, plan.solver, **options)
+            nfe = made.computed(result.nfe)
+            network_calls = made.computed(len(calls)) or nfe
         pictures = self.parts.decode(result.x)
         seconds = _now(self.device) - began
-        info: dict[str, Any] = {"nfe": result.nfe, "network_calls": network_calls or result.nfe}
+        info: dict[str, Any] = {"nfe": nfe, "network_calls": network_calls}
         info |= {"seconds": seconds, "peak_memory": _peak_memory(self.device)}
         return self._levels(pictures, plan, indices), info
 
@@ -210,5 +212,5 @@ def _load(name: str, dtype: torch.dtype) -> Any:
     """The velocity of module:attribute, or of a folder or hub id."""
     if not _is_own(name):
         return from_diffusers(name, torch_dtype=dtype)
-    found = load_own("model", name)
+    found = import_named("model", name)
     return found.to(dtype) if isinstance(found, nn.Module) else found

@@ -1,4 +1,4 @@
-"""A model or an extractor of the user's, by module:attribute, and what tells its versions apart.
+"""What tells versions of the user's own code apart: of a model or an extractor by module:attribute.
 
 The hash covers the source of the module that is named and of the one where the thing is made; what
 these import or read from files is not in it.
@@ -7,45 +7,23 @@ these import or read from files is not in it.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
-import os
 import sys
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from flowkit.errors import FlowkitError
 from flowkit.eval.weights_files import state_sha256
 
-__all__ = ["NO_SOURCE", "load_own", "own_sha256"]
+__all__ = ["NO_SOURCE", "own_sha256"]
 
 NO_SOURCE = " (no source)"  # after a name: what was computed with it is not used again
 
 
-def load_own(kind: str, name: str) -> Callable[..., Any]:
-    """What is called `name`, module:attribute; FlowkitError, which says it is a `kind`: nothing
-    there, or not callable."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a script's own folder stands there in its place
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise FlowkitError(f"{kind} {name!r}: {error}; expected module:attribute") from None
-    if not callable(found):
-        raise FlowkitError(
-            f"{kind} {name!r}: a {type(found).__name__}; "
-            "expected a function, an nn.Module or its class"
-        )
-    return found
-
-
 def own_sha256(name: str, found: Any) -> str | None:
-    """Of the code of what `load_own` gave, and of its weights if it is a network; None where the
-    module's source cannot be had."""
+    """Of the code of what `import_named` gave, and of its weights if it is a network; None where
+    the module's source cannot be had."""
     code = inspect.isroutine(found) or inspect.isclass(found)
     maker = getattr(found if code else type(found), "__module__", None) or ""
     named = name.partition(":")[0]

@@ -38,7 +38,8 @@ class Record:
     convention: the extractor's preprocessing.  extractor: its id, which holds its weights' hash.
     reference: {"name", "n", "sha256"}.  seeds: [start, end) of the samples' indices under `seed`.
     model: {"path", "sha256", "parameters"}.  nfe: evaluations of the velocity a sample;
-    nfe_with_guidance: of the network.  samples_sha256: over the hashes of all uint8 pictures.
+    nfe_with_guidance: of the network; of both, those that a cache of features had computed in full,
+    on average.  samples_sha256: over the hashes of all uint8 pictures.
     straightness: {"total", "per_dim", "relative"}.  grid_png: relative to the record's folder.
     published: a number from a paper or another's table, and `source` says which.
     """

@@ -34,17 +34,18 @@ def make_reference(options: ReferenceConfig) -> Path:
     In a launch of several processes all call it.  FlowkitError: what cannot be made.
     """
     from flowkit.errors import FlowkitError
-    from flowkit.eval.feature_pass import make_accelerator, picture_chunks
+    from flowkit.eval.feature_pass import picture_chunks
     from flowkit.eval.features import load_extractor
     from flowkit.eval.reference_files import write_statistics
     from flowkit.eval.resize import exact_float32
     from flowkit.eval.sources import open_pictures, picked
     from flowkit.eval.streaming import FeatureSet, chunk_ranges
+    from flowkit.processes import launched
 
     out = Path(options.out)
     if out.suffix != ".npz":
         raise FlowkitError(f"out={options.out} must end in .npz")
-    accelerator = make_accelerator()
+    accelerator = launched()
     pictures = open_pictures(options.data, options.rules)
     rows = picked(len(pictures), options.num_samples, options.seed, pictures.name)
     if len(rows) < 2:

@@ -206,7 +206,7 @@ def _row(
 ) -> Row:
     records = [entry.record for entry in entries]
     numbers = {}
-    for metric in {metric for record in records for metric in record.metrics}:
+    for metric in dict.fromkeys(metric for record in records for metric in record.metrics):
         having = [record for record in records if metric in record.metrics]
         numbers[named[metric, _rule(having[0], metric)]] = _number(having, metric)
     costs = [_costs(record) for record in records]

@@ -57,15 +57,15 @@ class Speed:
     """How fast `batch` pictures are made.
 
     steps: of the solver.  nfe: evaluations of the velocity.  nfe_with_guidance: calls of the
-    network, None when it was not given.  sampling, decoding: decoding is None without a decoder,
-    and not part of sampling.  images_per_second: of sampling alone, by the median.  memory: of
-    both.
+    network, None when it was not given; of both, those that a cache had computed in full.
+    sampling, decoding: decoding is None without a decoder, and not part of sampling.
+    images_per_second: of sampling alone, by the median.  memory: of both.
     """
 
     batch: int
     steps: int
-    nfe: int
-    nfe_with_guidance: int | None
+    nfe: float
+    nfe_with_guidance: float | None
     sampling: Timing
     decoding: Timing | None
     images_per_second: float
@@ -98,19 +98,20 @@ def measure_speed(
     with watch_memory(device) as memory, cached(run, cache) as quick:
 
         def once() -> Result:
-            return sample(quick, noise, times, solver, **options)
+            return sample(quick.velocity, noise, times, solver, **options)
 
         sampling = timed(once, device, warmup=warmup, repeats=repeats)
         with _counted(network) as calls:
             made = once()
+        nfe, with_guidance = quick.computed(made.nfe), quick.computed(len(calls))
         decoding = None
         if decode is not None and decode(made.x) is not made.x:
             decoding = timed(partial(decode, made.x), device, warmup=warmup, repeats=repeats)
     return Speed(
         batch=len(noise),
         steps=len(times) - 1,
-        nfe=made.nfe,
-        nfe_with_guidance=len(calls) if network is not None else None,
+        nfe=nfe,
+        nfe_with_guidance=with_guidance if network is not None else None,
         sampling=sampling,
         decoding=decoding,
         images_per_second=len(noise) / sampling.median,

@@ -21,7 +21,7 @@ from flowkit.eval.sampling_plan import Plan, sampling_plans
 from flowkit.eval.settings import FidConfig
 from flowkit.eval.speed import measure_speed
 from flowkit.registry import look_up
-from flowkit.samplers.solve import SOLVERS, find_solver, is_adaptive
+from flowkit.samplers.solve import SOLVERS, is_adaptive
 from flowkit.schema import to_dict
 from flowkit.velocity import VelocityModel
 
@@ -118,8 +118,7 @@ def _measure(
         repeats=config.repeats,
         **plan.options,
     )
-    asked = None if is_adaptive(find_solver(plan.solver, plan.options)) else found.nfe
-    return {"solver": solver, "asked": asked, "cache": cache, **asdict(found)}
+    return {"solver": solver, "asked": plan.nfe, "cache": cache, **asdict(found)}
 
 
 def _device(name: str | None) -> torch.device:
@@ -178,7 +177,9 @@ def speed_table(report: dict[str, Any]) -> str:
         taken, decoding = row["sampling"], row["decoding"]
         milliseconds = [taken["median"], taken["p90"], taken["first"]]
         milliseconds += [decoding["median"]] if decoding else []
-        cells = [row["solver"], _brief(row["cache"]), row["nfe"], row["nfe_with_guidance"]]
+        counts = [row["nfe"], row["nfe_with_guidance"]]
+        cells = [row["solver"], _brief(row["cache"])]
+        cells += ["-" if count is None else f"{count:.4g}" for count in counts]
         cells += [row["batch"], *(f"{1000 * seconds:.2f}" for seconds in milliseconds)]
         cells += [] if decoding else ["-"]
         mark = "*" if (*_run_of(row), row["batch"]) in best else ""

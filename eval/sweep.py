@@ -111,10 +111,10 @@ def run_sweep(settings: SweepSettings) -> list[str]:
 
     In a launch of several processes all call it; the main one writes.
     """
-    from flowkit.eval.feature_pass import make_accelerator
+    from flowkit.processes import launched
 
     jobs, impossible = jobs_of(settings)
-    make_accelerator()  # before anything asks for the processes' state, which is made once
+    launched()  # before anything asks for the processes' state, which is made once
     for line in impossible:
         _say(f"skipped {line}")
     failed = list(_run_all(jobs))
@@ -221,6 +221,7 @@ def _mark(job: Job, records: Sequence[Record]) -> None:
 def _chosen(jobs: Sequence[Job], files: set[str], output: Path, seed: int) -> Iterator[Job]:
     """The runs of the rows on a front, with another seed and folder."""
     from flowkit.eval.records import read_record
+    from flowkit.eval.sampling_plan import sampling_plans
     from flowkit.files import read_json
 
     for job in jobs:
@@ -231,18 +232,23 @@ def _chosen(jobs: Sequence[Job], files: set[str], output: Path, seed: int) -> It
             for name in read_json(_marker(job))
             if f"records/{name}" in files
         ]
-        nfe = None if job.options.nfe is None else sorted({round(one.nfe or 0) for one in found})
         if found:
+            nfe = job.options.nfe
+            if nfe is not None:
+                steps = {one.steps for one in found}  # what a cache leaves as it is, unlike the NFE
+                plans = sampling_plans(job.options)
+                nfe = sorted(plan.nfe or 0 for plan in plans if len(plan.times) - 1 in steps)
             options = replace(job.options, nfe=nfe, seed=seed, records=str(output / "records"))
             yield _job(options, output)
 
 
 def _build(settings: SweepSettings, folder: Path) -> set[str]:
     """Write the leaderboard of a folder's records; returns the files of the rows on a front."""
-    from flowkit.eval.feature_pass import main_only, make_accelerator
+    from flowkit.eval.feature_pass import main_only
     from flowkit.eval.leaderboard import LeaderboardSettings, read_folder, write_leaderboard
     from flowkit.eval.ranking import rank_records
     from flowkit.eval.rows import Entry
+    from flowkit.processes import launched
 
     if not (folder / "records").is_dir():
         return set()
@@ -256,7 +262,7 @@ def _build(settings: SweepSettings, folder: Path) -> set[str]:
         rows = sum(len(group.rows) for group in groups)
         _say(f"{rows} rows in {len(groups)} rankings: {folder / 'leaderboard' / 'index.html'}")
 
-    main_only(make_accelerator(), write)
+    main_only(launched(), write)
     found = read_folder(folder / "records")
     entries = [Entry(record, f"records/{path.name}") for path, record in found.items()]
     return {

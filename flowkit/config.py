@@ -42,7 +42,16 @@ from flowkit.schema import (
     walk,
 )
 
-__all__ = ["first_difference", "load", "option", "parse", "run_command", "save", "to_dict"]
+__all__ = [
+    "check_folder",
+    "first_difference",
+    "load",
+    "option",
+    "parse",
+    "run_command",
+    "save",
+    "to_dict",
+]
 
 T = TypeVar("T")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.\-]*=")
@@ -121,6 +130,36 @@ def first_difference(config: Any, other: Any, *, ignore: Collection[str] = ()) -
         if mine != yours:
             return f"{name!r} is {mine}, not {yours}"
     return None
+
+
+def check_folder(
+    config: Any,
+    folder: Path,
+    *,
+    ignore: Collection[str] = (),
+    kind: str = "command",
+    holds: str = "a run with other options",
+) -> None:
+    """Refuse a folder with anything but a run of the same options, which folder/config.yaml tells.
+
+    ignore: as of `first_difference`.  kind, holds: the errors' words for a program like this one,
+    and for what it left there with other options.
+    FlowkitError: a run of another program or with other options, or files without a run.
+    """
+    file, advice = folder / "config.yaml", "choose another output_dir"
+    if not file.is_file():
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise FlowkitError(f"{folder} is not empty and holds no run of this {kind}; {advice}")
+        return
+    try:
+        stored = load(type(config), file)
+    except FlowkitError:
+        raise FlowkitError(f"{folder} holds a run of another {kind}; {advice}") from None
+    if difference := first_difference(config, stored, ignore=ignore):
+        raise FlowkitError(
+            f"{folder} holds {holds}: {difference}; give the same options to resume it, or "
+            "another output_dir"
+        )
 
 
 def run_command(main: Callable[[], None]) -> None:

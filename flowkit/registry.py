@@ -1,16 +1,19 @@
-"""Names to things: look one up, and check the options given for it, with errors that help."""
+"""Names to things: look one up, import one, check the options given for it; errors that help."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from flowkit.errors import FlowkitError
 
-__all__ = ["check_options", "look_up"]
+__all__ = ["check_options", "import_named", "look_up"]
 
 T = TypeVar("T")
 
@@ -29,6 +32,26 @@ def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
         known = ", ".join(table)
         raise FlowkitError(f"unknown {kind} {name!r}{_nearest(name, table)}; known: {known}")
     return table[name]
+
+
+def import_named(kind: str, name: str) -> Callable[..., Any]:
+    """What `name`, module:attribute, names; modules of the working folder are found too.
+
+    kind: what it is to be, for errors.  FlowkitError: nothing there, or not to be called.
+    """
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # a script's own folder stands there in its place
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FlowkitError(f"{kind} {name!r}: {error}; expected module:attribute") from None
+    if not callable(found):
+        raise FlowkitError(
+            f"{kind} {name!r}: a {type(found).__name__}; "
+            "expected a function, an nn.Module or its class"
+        )
+    return found
 
 
 def check_options(

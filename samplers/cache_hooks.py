@@ -31,12 +31,13 @@ from flowkit.samplers.cache_blocks import (
     leaves,
     rebuild,
 )
+from flowkit.samplers.cache_gate import FirstBlock
 from flowkit.samplers.cache_keys import Clock, Moment, Place, planned_steps
 from flowkit.samplers.cache_parts import Each, Stack
-from flowkit.samplers.cache_state import Branch, Features, Gate, Pass, Stats
+from flowkit.samplers.cache_state import Branch, Features, Pass, Stats
 from flowkit.samplers.evaluations import Solver
 from flowkit.samplers.forecast import Rule, Schedule
-from flowkit.samplers.replay import _Run as PlannedRun
+from flowkit.samplers.replay import PlannedRun
 from flowkit.velocity import Velocity
 
 __all__ = ["FeatureCache"]
@@ -61,7 +62,7 @@ class FeatureCache:
         blocks: Sequence[str] | None = None,
         modules: Sequence[str] | None = None,
         residual: bool = True,
-        gate: Gate | None = None,
+        gate: FirstBlock | None = None,
         num_steps: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from flowkit.errors import FlowkitError
 from flowkit.samplers.cache_blocks import leaves, rebuild
-from flowkit.samplers.cache_state import Features, Gate, Pass, inputs_of
+from flowkit.samplers.cache_gate import FirstBlock
+from flowkit.samplers.cache_state import Features, Pass, inputs_of
 
 __all__ = ["Each", "Stack"]
 
@@ -50,7 +51,7 @@ class Stack:
     With a gate the first block always runs, and the others add to its output.
     """
 
-    def __init__(self, features: Features, gate: Gate | None = None) -> None:
+    def __init__(self, features: Features, gate: FirstBlock | None = None) -> None:
         self.features, self.gate = features, gate
 
     def run(
@@ -94,7 +95,7 @@ class Stack:
                 'use level="each"'
             )
 
-    def _decide(self, gate: Gate, now: Pass, out: Any) -> Any:
+    def _decide(self, gate: FirstBlock, now: Pass, out: Any) -> Any:
         """The first block's output, by which it is decided whether the others run."""
         inputs, outputs = [x for x, _ in now.base], leaves(out)
         if now.full is None:

@@ -16,7 +16,7 @@ from flowkit.samplers.cache_blocks import leaves, rebuild
 from flowkit.samplers.cache_keys import Place
 from flowkit.samplers.forecast import History, Rule
 
-__all__ = ["Branch", "Features", "Gate", "Inputs", "Pass", "Stats", "inputs_of"]
+__all__ = ["Branch", "Features", "Inputs", "Pass", "Stats", "inputs_of"]
 
 Inputs = list[tuple[Tensor, int | None]]
 """Tensors, and how often they had been written to."""
@@ -62,18 +62,6 @@ class Branch:
     def nbytes(self) -> int:
         """Bytes of all features."""
         return sum(h.nbytes for group in self.histories.values() for h in group)
-
-
-class Gate:
-    """Decides whether to compute a pass, once its first block has run."""
-
-    def trusts(self, now: Pass, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-        """Whether the other blocks may be forecast."""
-        raise NotImplementedError
-
-    def keep(self, now: Pass, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Learn from the first block of a pass that is computed."""
-        raise NotImplementedError
 
 
 @dataclass

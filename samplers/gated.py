@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from flowkit.errors import FlowkitError
+from flowkit.samplers.cache_gate import FirstBlock
 from flowkit.samplers.cache_hooks import FeatureCache
-from flowkit.samplers.cache_state import Gate, Pass
-from flowkit.samplers.forecast import History, Rule, Schedule
+from flowkit.samplers.forecast import Rule, Schedule
 from flowkit.samplers.taylor import scoped
 
 __all__ = ["cg_taylor", "enable_cg_taylor", "enable_first_block_cache", "first_block_cache"]
@@ -50,7 +48,7 @@ def enable_cg_taylor(
     forecast.  warmup: steps that are computed first.  last: the last one too, where it is known.
     per_sample: e is the largest of the batch.  Everything else is as in enable_taylorseer.
     """
-    gate = _FirstBlock(threshold, Rule(first_order, mode, warmup), per_sample=per_sample)
+    gate = FirstBlock(threshold, Rule(first_order, mode, warmup), per_sample=per_sample)
     return FeatureCache(
         model,
         Rule(order, mode, warmup),
@@ -86,7 +84,7 @@ def enable_first_block_cache(
     The first-block cache of ParaAttention (chengzeyi, 2024), at order 0; higher orders forecast
     what the others add.  Arguments as in enable_cg_taylor.
     """
-    gate = _FirstBlock(threshold, Rule(0), per_sample=per_sample, change=True)
+    gate = FirstBlock(threshold, Rule(0), per_sample=per_sample, change=True)
     return FeatureCache(
         model,
         Rule(order, mode, warmup),
@@ -97,56 +95,6 @@ def enable_first_block_cache(
         num_steps=num_steps,
         device=device,
     )
-
-
-class _FirstBlock(Gate):
-    """Trusts the blocks behind the first as far as this one was forecast.
-
-    change: look at what the block adds to its input instead of at its output.
-    """
-
-    def __init__(
-        self, threshold: float, rule: Rule, *, per_sample: bool, change: bool = False
-    ) -> None:
-        if not threshold >= 0:
-            raise FlowkitError(f"threshold must be 0 (always compute) or more, got {threshold!r}")
-        self.threshold, self.rule, self.per_sample = threshold, rule, per_sample
-        self.change = change
-
-    def trusts(self, now: Pass, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-        seen = self._signal(inputs, outputs)
-        histories = now.branch.histories.get("first", [])
-        expected = [h.forecast(now.at, s.device) for h, s in zip(histories, seen, strict=True)]
-        error = self._error(expected, seen)
-        return error <= self.threshold if self.change else error < self.threshold
-
-    def keep(self, now: Pass, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        seen = self._signal(inputs, outputs)
-        histories = now.branch.histories.setdefault("first", [])
-        while len(histories) < len(seen):
-            histories.append(History(self.rule))
-        for history, value in zip(histories, seen, strict=True):
-            history.add(now.at, value)
-
-    def _signal(self, inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        outputs = [out.detach() for out in outputs]
-        if not self.change:
-            return outputs
-        below = [next((x for x in inputs if x.shape == out.shape), None) for out in outputs]
-        return [
-            out if x is None else out - x.detach() for out, x in zip(outputs, below, strict=True)
-        ]
-
-    def _error(self, expected: list[Tensor], seen: list[Tensor]) -> float:
-        """The relative error of the forecast, of the batch or of its worst sample."""
-        size = expected if self.change else seen
-        above = self._sums([e.float() - s.float() for e, s in zip(expected, seen, strict=True)])
-        return float((above / self._sums(size)).max())
-
-    def _sums(self, values: list[Tensor]) -> Tensor:
-        """sum |values|, of every sample or of all."""
-        rows = [v.float().abs().flatten(1 if self.per_sample else 0).sum(-1) for v in values]
-        return torch.stack(rows).sum(0)
 
 
 cg_taylor = scoped(enable_cg_taylor, "cg_taylor")

@@ -66,8 +66,9 @@ class PipelineRun:
 
     def reply(self, output: Tensor, sample: Tensor) -> Tensor:
         """The network's output at the latents `sample` (B, *); returns the next latents."""
-        assert self._evaluations is not None and self.index is not None
         index = self.index
+        if self._evaluations is None or index is None:
+            raise FlowkitError("reply() was called before begin(), which starts the run")
         x = self._take_back(sample, self._scale[index])
         v = output if output.dtype == x.dtype else output.to(x.dtype)
         v = -v if (b := self._b[index]) == -1 else b * v

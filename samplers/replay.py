@@ -26,7 +26,7 @@ from flowkit.samplers.solve import evaluation_times
 from flowkit.samplers.value_sharing import Key, SharedValues
 from flowkit.velocity import Velocity
 
-__all__ = ["evaluation_keys", "recording", "replaying"]
+__all__ = ["PlannedRun", "evaluation_keys", "recording", "replaying"]
 
 
 def recording(
@@ -46,7 +46,7 @@ def recording(
     What `values` kept before is forgotten.
     """
     values.clear()
-    return _Run(velocity, _planned(solver, times, steps, options), values.record)
+    return PlannedRun(velocity, _planned(solver, times, steps, options), values.record)
 
 
 def replaying(
@@ -74,7 +74,7 @@ def replaying(
         interval, stage = key
         return interval, max(stage + there[interval] - here[interval], 0)
 
-    return _Run(velocity, [(t, partner(key)) for t, key in plan], values.replay)
+    return PlannedRun(velocity, [(t, partner(key)) for t, key in plan], values.replay)
 
 
 def evaluation_keys(
@@ -117,8 +117,12 @@ def _planned(
     return [(t, key if steps is None or key[0] < steps else None) for t, key in keys]
 
 
-class _Run:
-    """A velocity whose next evaluations are known: each happens inside act(its key)."""
+class PlannedRun:
+    """A velocity for one run whose evaluations are known: each happens inside act(its key).
+
+    plan: their times in order, with their keys; None for one that happens outside of any act.
+    FlowkitError, at an evaluation: it is not at the time of the plan's next.
+    """
 
     def __init__(
         self, velocity: Velocity, plan: Plan, act: Callable[[Key], AbstractContextManager[None]]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import dit, draw
 from torch import Tensor, nn
 
 from flowkit.analytic import Gaussian, normal_quantiles
@@ -128,12 +129,12 @@ def test_a_cache_by_name_is_the_function() -> None:
     run = _run()
     with shared_encoder(run.velocity, run.times, "euler", steps=[0, 2], order=1) as shared:
         by_hand = sample(shared, run.noise, run.times, "euler").x
-    with cached(run, {"name": "encoder", "steps": [0, 2], "order": 1}) as velocity:
-        first, again = (sample(velocity, run.noise, run.times, "euler").x for _ in range(2))
+    with cached(run, {"name": "encoder", "steps": [0, 2], "order": 1}) as made:
+        first, again = (sample(made.velocity, run.noise, run.times, "euler").x for _ in range(2))
     assert torch.equal(first, by_hand) and torch.equal(again, by_hand)
     for none in (None, {"name": "none"}):
-        with cached(run, none) as velocity:
-            plain = sample(velocity, run.noise, run.times, "euler").x
+        with cached(run, none) as made:
+            plain = sample(made.velocity, run.noise, run.times, "euler").x
         assert torch.equal(plain, sample(run.velocity, run.noise, run.times, "euler").x)
     assert not torch.equal(plain, by_hand)
 
@@ -141,9 +142,30 @@ def test_a_cache_by_name_is_the_function() -> None:
 @torch.no_grad()
 def test_a_number_of_cached_steps_is_placed() -> None:
     run = _run()
-    with cached(run, {"name": "encoder", "steps": 2}) as velocity:
-        sample(velocity, run.noise, run.times, "euler")
-        assert velocity.encoder_calls == 2  # type: ignore[attr-defined]
+    with cached(run, {"name": "encoder", "steps": 2}) as made:
+        sample(made.velocity, run.noise, run.times, "euler")
+        assert made.velocity.encoder_calls == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "cache, full",
+    [
+        ({"name": "none"}, 8),
+        ({"name": "encoder", "steps": [0, 4]}, 8),  # the decoder runs every time
+        ({"name": "taylorseer", "interval": 3, "warmup": 2, "order": 1}, 4),  # 0, 1, 4, 7
+        ({"name": "first_block_cache", "threshold": 1e9, "warmup": 1}, 1),
+        ({"name": "cg_taylor", "threshold": 0.0, "order": 1}, 8),
+    ],
+)
+def test_only_what_a_cache_had_computed_is_counted(cache: dict[str, Any], full: int) -> None:
+    """Of 8 evaluations of two branches, `full` computed all blocks; however often it is run."""
+    encoder = cache["name"] == "encoder"
+    model = _ddt() if encoder else FlowVelocity(dit(num_classes=3))
+    labels, side = torch.tensor([0, 1]), 4 if encoder else 8
+    both = guided(bind(model, class_labels=labels), bind(model, class_labels=labels + 1), 2.0)
+    noise = draw(2, 1, side, side)
+    found = measure_speed(both, noise, uniform(8), "euler", cache=cache, network=model)
+    assert (found.steps, found.nfe, found.nfe_with_guidance) == (8, full, 2 * full)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +173,8 @@ def test_a_number_of_cached_steps_is_placed() -> None:
     [
         ({"name": "encodr"}, "did you mean 'encoder'"),
         ({"name": "none", "steps": 2}, "no option 'steps'"),
+        ({"name": "taylorseer", "threshold": 1}, "no option 'threshold'; it takes interval, order"),
+        ({"name": "cg_taylor", "order": 1.5}, "takes int as order, got 1.5"),
         ({"name": "encoder"}, "needs the option 'steps'"),
         ({"steps": 2}, "name"),
     ],

@@ -13,7 +13,16 @@ from typing import Any, Literal
 import pytest
 
 from flowkit import config
-from flowkit.config import first_difference, load, option, parse, run_command, save, to_dict
+from flowkit.config import (
+    check_folder,
+    first_difference,
+    load,
+    option,
+    parse,
+    run_command,
+    save,
+    to_dict,
+)
 from flowkit.errors import FlowkitError
 
 
@@ -258,6 +267,25 @@ def test_first_difference():
     assert "'net.width'" in (first_difference(ours, theirs, ignore=["seed"]) or "")
     assert first_difference(ours, theirs, ignore=["seed", "net"]) is None
     assert "absent" in (first_difference(read("net.new=1"), read()) or "")
+
+
+def test_a_folder_goes_on_with_its_own_run_only(tmp_path):
+    folder = tmp_path / "run"
+    check_folder(read(), folder)
+    folder.mkdir()
+    (folder / ".hidden").touch()
+    check_folder(read(), folder)
+    (folder / "notes.txt").touch()
+    with pytest.raises(FlowkitError, match="is not empty and holds no run of this trainer"):
+        check_folder(read(), folder, kind="trainer")
+    save(read("seed=1"), folder / "config.yaml")
+    check_folder(read("seed=1"), folder)
+    check_folder(read(), folder, ignore=["seed"])
+    with pytest.raises(FlowkitError, match="holds samples of another run: 'seed' is .* resume it"):
+        check_folder(read(), folder, holds="samples of another run")
+    (folder / "config.yaml").write_text("other: 1\n")
+    with pytest.raises(FlowkitError, match="holds a run of another command; choose another"):
+        check_folder(read(), folder)
 
 
 def raises(error: BaseException) -> Any:

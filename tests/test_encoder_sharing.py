@@ -105,15 +105,14 @@ OPTIONS = {"bdia_ddim": {"path": VPLinear()}}
 FIXED = [name for name in SOLVERS if name != "dopri5"]
 
 
-@pytest.mark.parametrize("refresh_time", [False, True])
 @pytest.mark.parametrize("solver", FIXED)
-def test_a_state_in_every_evaluation_is_bit_equal_to_none_shared(case, solver, refresh_time):
+def test_a_state_in_every_evaluation_is_bit_equal_to_none_shared(case, solver):
     options = OPTIONS.get(solver, {})
     times = [0.02, *TIMES[1:-1], 0.98]
     want = sample(case.velocity, case.noise, times, solver, **options)
-    how = {"refresh_time": refresh_time, "order": 2} | options
-    for steps in (None, range(want.nfe)):
-        with shared_encoder(case.velocity, times, solver, steps=steps, **how) as shared:
+    for steps, refresh_time in ((None, False), (range(want.nfe), True)):
+        how = {"steps": steps, "refresh_time": refresh_time, "order": 2} | options
+        with shared_encoder(case.velocity, times, solver, **how) as shared:
             got = sample(shared, case.noise, times, solver, **options)
         assert torch.equal(got.x, want.x)
         assert shared.encoder_calls == shared.decoder_calls == want.nfe
@@ -308,9 +307,10 @@ def test_blocks_run_fall_as_the_encoder_calls_do(case):
 def test_more_states_bring_the_run_nearer_to_the_full_one(case, refresh_time):
     times = [i / 24 for i in range(25)]
     want = sample(case.velocity, case.noise, times, "euler").x
-    errors = []
+    states = encoder_states(case.velocity, case.noise, times, "euler", refresh_time=refresh_time)
+    similarity, errors = state_similarity(states), []
     for count in (2, 6, 12):
-        how = {"steps": count, "probe": case.noise, "refresh_time": refresh_time}
+        how = {"steps": optimal_sharing(similarity, count), "refresh_time": refresh_time}
         with shared_encoder(case.velocity, times, "euler", **how) as shared:
             errors.append((sample(shared, case.noise, times, "euler").x - want).norm().item())
     assert errors[0] > 1.3 * errors[1] > 1.69 * errors[2] > 0

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_networks
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -198,6 +199,7 @@ def same_results(folder, fresh):
         assert other.errors == one.errors
 
 
+@pytest.mark.slow  # a launch of the sweep checks the same every day
 def test_two_processes_fill_the_gaps_with_the_same_bits(measure, options, tmp_path):
     """Half of the chunks from one process, the rest from two, against one alone."""
     folder = tmp_path / "run"
@@ -294,6 +296,14 @@ def test_draws_of_a_stochastic_solver_are_the_samples_own(measure, tmp_path):
         measure(solver="sde", nfe=[3], chunk_size=size, output_dir=str(tmp_path / str(size)))
     one, other = (shown(tmp_path / str(size), "nfe-0003").int() for size in (7, 64))
     assert (one - other).abs().max() <= 1 and (one != other).double().mean() <= 1e-3
+
+
+def test_a_cache_is_counted_by_what_it_had_computed(measure, tmp_path):
+    folder = tmp_path / "dit"
+    export_model(FlowVelocity(small_networks.dit()), folder, shape=[1, 8, 8], num_classes=None)
+    cache = {"name": "taylorseer", "interval": 3, "warmup": 2, "order": 1}
+    [record] = measure(model=str(folder), nfe=[8], num_samples=20, cache=cache)
+    assert (record.nfe, record.nfe_with_guidance, record.steps) == (4, 4, 8)  # 0, 1, 4, 7
 
 
 def test_adaptive_solvers_count_what_they_spend(measure):

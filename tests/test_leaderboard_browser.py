@@ -208,7 +208,7 @@ def test_a_number_leads_to_its_record(page) -> None:
     record = json.loads(more.find_element("css selector", "pre").text)
     assert record["metrics"]["fid"] == 9.5
     picture = more.find_element("css selector", "img")
-    assert picture.get_property("naturalWidth") == 300
+    assert picture.get_property("naturalWidth") == 150
     assert focused(page).get_attribute("class") == "toggle"
     focused(page).click()
     assert not more.is_displayed()
