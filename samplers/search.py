@@ -9,9 +9,6 @@ state.json and config.yaml. Run the same command again to resume.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flowkit import config as configs
 from flowkit.config import option
 from flowkit.errors import FlowkitError
+from flowkit.registry import import_named
 
 if TYPE_CHECKING:
     from flowkit.samplers.schedule_file import Schedule
@@ -95,14 +93,14 @@ def run(options: SearchConfig) -> Schedule:
     )
 
     folder = Path(options.output_dir)
-    _check_folder(folder, options)
+    configs.check_folder(options, folder, ignore=MAY_CHANGE, holds="a search with other options")
     began = time.perf_counter()
-    velocity: Any = _imported(options.model) if ":" in options.model else None
+    velocity: Any = import_named("model", options.model) if ":" in options.model else None
     velocity = velocity or from_diffusers(options.model)
     if isinstance(velocity, torch.nn.Module):
         velocity = velocity.to(options.device).eval().requires_grad_(False)
     start = float(getattr(velocity, "t_min", 0.0))
-    measure = _imported(options.measure) if options.measure else None
+    measure = import_named("measure", options.measure) if options.measure else None
 
     def noise(purpose: str, count: int) -> torch.Tensor:
         seed = derive_seed(options.seed, "search", purpose)
@@ -153,37 +151,6 @@ def run(options: SearchConfig) -> Schedule:
     print(f"found: {error:.4g}, {error / fixed[best]:.2f} of it, in {seconds:.0f} s")
     print(f"written to {folder / 'schedule.json'}")
     return schedule
-
-
-def _check_folder(folder: Path, options: SearchConfig) -> None:
-    record = folder / "config.yaml"
-    if not record.is_file():
-        return
-    try:
-        stored = configs.load(SearchConfig, record)
-    except FlowkitError:
-        raise FlowkitError(
-            f"{folder} holds a run of another command; choose another output_dir"
-        ) from None
-    if difference := configs.first_difference(options, stored, ignore=MAY_CHANGE):
-        raise FlowkitError(
-            f"{folder} holds a search with other options: {difference}; give the same options to "
-            "resume it, or another output_dir"
-        )
-
-
-def _imported(name: str) -> Any:
-    """What module:attribute names; modules of the working folder are found too."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise FlowkitError(f"{name!r}: {error}; expected module:attribute") from None
-    if not callable(found):
-        raise FlowkitError(f"{name!r} is a {type(found).__name__}; expected something to call")
-    return found
 
 
 def _shape(velocity: Any, shape: list[int] | None) -> tuple[int, ...]:

@@ -407,7 +407,7 @@ def test_the_command_takes_a_measure_and_a_predictor(importable, tmp_path):
     [
         ({"shape": None}, ["shape=[1,8,8]"]),
         ({"model": "nowhere:flow"}, ["nowhere:flow", "module:attribute"]),
-        ({"measure": "math:pi"}, ["math:pi", "float", "call"]),
+        ({"measure": "math:pi"}, ["math:pi", "float", "function"]),
         ({"method": "times", "solver": "abn"}, ["abn", "abm"]),
     ],
 )
