@@ -31,11 +31,11 @@ from flowkit.samplers import grids, sample
 from flowkit.samplers.timesteps import density
 from flowkit.schema import leaves
 from flowkit.trainers.launch import make_accelerator
-from flowkit.trainers.loop import Loop
+from flowkit.trainers.loop import Loop, Method
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.order import Order
 from flowkit.trainers.pairing import conditioned, keyed_labels
-from flowkit.trainers.settings import FlowConfig, NetOptions, ReflowConfig, TrainOptions
+from flowkit.trainers.settings import NetOptions, PictureOptions, TrainOptions
 from flowkit.velocity import VelocityModel
 
 __all__ = ["Run", "build_model"]
@@ -104,9 +104,7 @@ class Run:
     configuration or none, the pictures, losses and densities exist.
     """
 
-    def __init__(
-        self, options: FlowConfig | ReflowConfig, trainings: Sequence[TrainOptions]
-    ) -> None:
+    def __init__(self, options: PictureOptions, trainings: Sequence[TrainOptions]) -> None:
         self.options = options
         self.folder = Path(options.output_dir)
         self._check_folder()
@@ -194,17 +192,25 @@ class Run:
         return Independent(self.data, flip=self.options.data.flip, labels=labels)
 
     def train(
-        self, name: str, model: VelocityModel, coupling: Coupling, training: TrainOptions
+        self,
+        name: str,
+        model: VelocityModel,
+        coupling: Coupling,
+        training: TrainOptions,
+        *,
+        method: Callable[..., Method] = FlowMatching,
     ) -> VelocityModel:
-        """Train a copy of `model` to the end and export it to folder/name, unless it is there."""
+        """Train a copy of `model` to the end and export it to folder/name, unless it is there.
+
+        method: what is built of the copy, the density of t and the premetric.
+        """
         if not self.exported(name):
-            method = FlowMatching(
-                copy.deepcopy(model).requires_grad_(True),
-                density(**training.times),
-                premetric(**training.loss).to(self.accelerator.device),
-            )
             loop = Loop(
-                method,
+                method(
+                    copy.deepcopy(model).requires_grad_(True),
+                    density(**training.times),
+                    premetric(**training.loss).to(self.accelerator.device),
+                ),
                 coupling,
                 training,
                 self.options,
