@@ -17,13 +17,14 @@ from flowkit.adapters import from_diffusers
 from flowkit.config import parse
 from flowkit.losses import premetric
 from flowkit.samplers.timesteps import density
+from flowkit.trainers import compare
+from flowkit.trainers.building import build_model
 from flowkit.trainers.distilling import distil
 from flowkit.trainers.dmd_settings import DisBackConfig, DMDConfig
 from flowkit.trainers.retracing import backtrack
 from flowkit.trainers.settings import FlowConfig, PictureOptions, ReflowConfig, TrainOptions
 from flowkit.trainers.slimflow_settings import SlimFlowConfig
 from flowkit.trainers.slimming import train_slimflow
-from flowkit.trainers.stages import build_model
 from flowkit.trainers.straighten import straighten, train_flow
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -212,7 +213,8 @@ def small_run(name: str, folder: Path, vgg_weights: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_two_steps(name, tmp_path, vgg_weights):
+def test_two_steps(name, tmp_path, vgg_weights, monkeypatch):
+    monkeypatch.setattr(compare, "STRAIGHTNESS_STEPS", 2)  # else they take half of the time
     config, run = read(name, *small_run(name, tmp_path, vgg_weights)), tmp_path / "run"
     train, trained = TRAINERS[type(config)]
     train(config)

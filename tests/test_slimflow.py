@@ -19,12 +19,12 @@ from flowkit.losses import Squared
 from flowkit.nets.mlp import MLP
 from flowkit.samplers.timesteps import Curriculum, Uniform
 from flowkit.trainers.annealing import AnnealedReflow, Annealing, beta_at
+from flowkit.trainers.building import build_model
 from flowkit.trainers.launch import make_accelerator
 from flowkit.trainers.loop import Loop
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.settings import NetOptions, RunOptions, TrainOptions
 from flowkit.trainers.slimflow_settings import SlimFlowConfig
-from flowkit.trainers.stages import build_model
 
 SHAPE = (1, 8, 8)
 

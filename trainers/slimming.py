@@ -13,11 +13,11 @@ from flowkit.coupling import Annealed, Batch, Paired
 from flowkit.errors import FlowkitError
 from flowkit.losses import premetric
 from flowkit.samplers.timesteps import density
-from flowkit.trainers.annealing import AnnealedReflow, Annealing, steady
+from flowkit.trainers.annealing import AnnealedReflow, Annealing, beta_at, steady
 from flowkit.trainers.compare import Comparison
 from flowkit.trainers.guided_distillation import GuidedDistillation
 from flowkit.trainers.loop import set_dropout
-from flowkit.trainers.pairing import conditioned, null_class
+from flowkit.trainers.pairing import null_class
 from flowkit.trainers.settings import TrainOptions
 from flowkit.trainers.slimflow_settings import SlimFlowConfig
 from flowkit.trainers.stages import Run
@@ -33,7 +33,6 @@ def train_slimflow(config: SlimFlowConfig) -> None:
     comparison = Comparison(run)
     _check(run, config)
     teacher = teacher_of(run, config)
-    _check_teacher(run, teacher, config.teacher)
     student = _anneal(run, config, teacher)
     models = {"teacher": teacher, "student": student}
     if config.distillation.steps:
@@ -84,6 +83,18 @@ def _check(run: Run, config: SlimFlowConfig) -> None:
             "own_pairs are of the student, which has learnt all that is in `pairs`; "
             "leave own_pairs.guidance_scale at 1 and own_pairs.real_share at 0"
         )
+    training, annealing = config.student_training, config.annealing
+    if not training.steps:
+        raise FlowkitError(
+            "student_training.steps must be at least 1: the student starts untrained"
+        )
+    left = beta_at(annealing.schedule, training.steps, annealing.steps)
+    if annealing.schedule in ("linear", "cosine") and left:
+        raise FlowkitError(
+            f"annealing.steps {annealing.steps} are more than student_training.steps "
+            f"{training.steps}, so beta would end at {left:.2g}, on noise that is not the pairs'; "
+            "anneal sooner, or train longer"
+        )
     student = run.build(config.student_net)
     stages = {"student_training": config.student_training, "distillation": config.distillation}
     for name, stage in stages.items():
@@ -109,22 +120,3 @@ def _check_loss(run: Run, name: str, stage: TrainOptions) -> None:
             f"{name}.loss cannot take {made} of shape {run.shape} ({str(error).splitlines()[0]}); "
             f"choose another, such as {name}.loss={{name: squared}}"
         ) from None
-
-
-@torch.no_grad()
-def _check_teacher(run: Run, teacher: VelocityModel, name: str) -> None:
-    """Ask the teacher for one velocity: what it was made for must be this run's pictures."""
-    device = run.accelerator.device
-    labels = None if run.num_classes is None else torch.tensor([run.num_classes - 1])
-    wanted = f"pictures {run.shape} with classes {run.num_classes}"
-    remedy = "choose other data, or another teacher"
-    try:
-        noise = torch.zeros(1, *run.shape, device=device)
-        v = conditioned(teacher, labels, 1.0, device)(noise, 0.5)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FlowkitError(f"teacher {name} cannot take {wanted} ({reason}); {remedy}") from None
-    if v.shape != noise.shape:
-        raise FlowkitError(
-            f"teacher {name} answers {wanted} with velocities {tuple(v.shape[1:])}; {remedy}"
-        )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+import torch
+
 from flowkit.coupling import Coupling, Mixed, Paired
 from flowkit.errors import FlowkitError
 from flowkit.noise import derive_seed
@@ -14,7 +16,7 @@ from flowkit.pairs import PairStore
 from flowkit.samplers.solve import STOCHASTIC, find_solver
 from flowkit.trainers.compare import Comparison
 from flowkit.trainers.loop import set_dropout
-from flowkit.trainers.pairing import generate_pairs, invert_pictures, null_class
+from flowkit.trainers.pairing import conditioned, generate_pairs, invert_pictures, null_class
 from flowkit.trainers.settings import FlowConfig, PairOptions, ReflowConfig
 from flowkit.trainers.slimflow_settings import SlimFlowConfig
 from flowkit.trainers.stages import Run
@@ -105,9 +107,31 @@ def check_pairs(run: Run, pairs: PairOptions) -> None:
 
 def teacher_of(run: Run, config: ReflowConfig | SlimFlowConfig) -> VelocityModel:
     """The model that config.teacher names, or a 1-rectified flow trained for it."""
-    if config.teacher != "train":
-        return run.load(config.teacher)
-    return run.train("teacher", run.build(config.net), run.independent(), config.teacher_training)
+    if config.teacher == "train":
+        net = run.build(config.net)
+        return run.train("teacher", net, run.independent(), config.teacher_training)
+    teacher = run.load(config.teacher)
+    _check_teacher(run, teacher, config.teacher)
+    return teacher
+
+
+@torch.no_grad()
+def _check_teacher(run: Run, teacher: VelocityModel, name: str) -> None:
+    """Ask the teacher for one velocity: what it was made for must be this run's pictures."""
+    device = run.accelerator.device
+    labels = None if run.num_classes is None else torch.tensor([run.num_classes - 1])
+    wanted = f"pictures {run.shape} with classes {run.num_classes}"
+    remedy = "choose other data, or another teacher"
+    try:
+        noise = torch.zeros(1, *run.shape, device=device)
+        v = conditioned(teacher, labels, 1.0, device)(noise, 0.5)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FlowkitError(f"teacher {name} cannot take {wanted} ({reason}); {remedy}") from None
+    if v.shape != noise.shape:
+        raise FlowkitError(
+            f"teacher {name} answers {wanted} with velocities {tuple(v.shape[1:])}; {remedy}"
+        )
 
 
 def make_pairs(run: Run, options: PairOptions, flow: VelocityModel, name: str) -> PairStore:
