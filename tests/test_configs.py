@@ -203,7 +203,7 @@ def small_run(name: str, folder: Path, vgg_weights: Path) -> list[str]:
     if isinstance(config, ReflowConfig):
         words += ["control=false"]
     if isinstance(config, SlimFlowConfig):
-        words += [f"own_pairs.{option}" for option in made]
+        words += [f"own_pairs.{option}" for option in made] + ["annealing.steps=2"]
         words += [f"student_net.options.{option}" for option in TINY[config.student_net.name]]
     if isinstance(config, DMDConfig):
         words += ["matching.student_every=1"]

@@ -7,17 +7,25 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from tqdm.auto import tqdm
 
 from flowkit.adapters import FlowVelocity, from_diffusers
@@ -31,21 +39,24 @@ from flowkit.noise import keyed_noise
 from flowkit.pairs import PairStore
 from flowkit.samplers import sample
 from flowkit.samplers.grids import uniform
+from flowkit.trainers.costs import passes
+from flowkit.trainers.settings import NetOptions, ReflowConfig
 from flowkit.trainers.slimflow_settings import SlimFlowConfig
 from flowkit.trainers.slimming import train_slimflow
 
 SCRIPT = Path(__file__).resolve().parent.parent / "trainers" / "slimflow.py"
 SHAPE = (1, 8, 8)
+LEFTOVER = ".tmp-checkpoint-7"
 SMALL = [
     *("net.options.width=32", "net.options.num_blocks=1", "sample_every=0", "log_every=20"),
-    *("teacher_training.steps=40", "teacher_training.batch_size=64", "checkpoint_every=10"),
-    *("student_net.options.width=16", "student_net.options.num_blocks=1", "annealing.steps=30"),
-    *("student_training.steps=50", "student_training.batch_size=64"),
+    *("teacher_training.steps=20", "teacher_training.batch_size=64", "checkpoint_every=5"),
+    *("student_net.options.width=16", "student_net.options.num_blocks=1", "annealing.steps=12"),
+    *("student_training.steps=20", "student_training.batch_size=64", "keep_checkpoints=9"),
     *("student_training.micro_batch_size=32", "distillation.micro_batch_size=32"),
-    *("distillation.steps=30", "distillation.batch_size=64", "evaluate.nfe=[1,2]"),
+    *("distillation.steps=15", "distillation.batch_size=64", "evaluate.nfe=[1]"),
     *("pairs.num_pairs=400", "pairs.shard_size=100", "pairs.chunk_size=50", "pairs.num_steps=4"),
     *("own_pairs.num_pairs=400", "own_pairs.shard_size=100", "own_pairs.chunk_size=50"),
-    *("own_pairs.num_steps=4", "evaluate.num_samples=100", "evaluate.straightness_samples=20"),
+    *("own_pairs.num_steps=4", "evaluate.num_samples=100", "evaluate.straightness_samples=1"),
 ]
 
 
@@ -62,25 +73,115 @@ def _contents(folder: Path) -> dict[str, str]:
     }
 
 
+Counts = Counter[tuple[str, str]]
+
+
+@contextmanager
+def _counting() -> Iterator[Counts]:
+    """Samples that go through each network: of the wide one, the teacher, and of the narrow one."""
+    seen: Counts = Counter()
+
+    def count(module: nn.Module, args: Any) -> None:
+        if isinstance(module, MLP):
+            network = "teacher" if module.config.width == 32 else "student"
+            seen[network, "trained" if torch.is_grad_enabled() else "forward"] += len(args[0])
+
+    handle = register_module_forward_pre_hook(count)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run that nothing disturbed."""
+def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counts]:
+    """A small run that nothing disturbed, and the passes of all but its comparison."""
     folder = tmp_path_factory.mktemp("slimflow") / "run"
-    train_slimflow(_config(folder))
-    return folder
+    with _counting() as whole:
+        train_slimflow(_config(folder))
+    with _counting() as comparison:
+        train_slimflow(_config(folder))
+    return folder, whole - comparison
+
+
+@pytest.fixture(scope="module")
+def finished(counted: tuple[Path, Counts]) -> Path:
+    return counted[0]
 
 
 def test_it_writes_the_comparison(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary["seed"] == 0 and summary["nfe"] == [1, 2]
+    assert summary["seed"] == 0 and summary["nfe"] == [1]
     for name in ("teacher", "student", "distilled"):
-        assert len(summary[name]["fd"]) == 2 and all(value > 0 for value in summary[name]["fd"])
+        assert len(summary[name]["fd"]) == 1 and summary[name]["fd"][0] > 0
     assert {"teacher", "pairs", "student", "distilled", "evaluate"} == summary["seconds"].keys()
     assert (finished / "samples.png").stat().st_size > 1000
-    assert len(list((finished / "records").iterdir())) == 6
+    assert len(list((finished / "records").iterdir())) == 3
     text = (finished / "summary.md").read_text()
     assert "1-RF (teacher)" in text and "2-RF (student)" in text and "distilled" in text
     assert "SlimFlow" in (finished / "distilled" / "README.md").read_text()
+
+
+def test_its_passes_are_those_that_its_options_tell(counted: tuple[Path, Counts]) -> None:
+    folder, seen = counted
+    told = passes(_config(folder), num_pictures=0)
+    total: Counts = Counter()
+    for stage in told.values():
+        assert stage is not None
+        for network, kinds in stage.items():
+            total.update({(network, kind): samples for kind, samples in kinds.items()})
+    assert total == seen
+    assert told["distilled"] == {"student": {"trained": 2 * 15 * 64, "forward": 15 * 64}}
+    assert told["pairs-1"] == {"teacher": {"forward": 8 * 400}}
+
+
+@pytest.mark.parametrize(
+    "overrides, stage, told",
+    [
+        (["pairs.solver=dopri5"], "pairs-1", None),
+        (["pairs.guidance_scale=2"], "pairs-1", {"teacher": {"forward": 2 * 8 * 400}}),
+        (["pairs.solver=euler"], "pairs-1", {"teacher": {"forward": 4 * 400}}),
+        (
+            ["pairs.real_share=.1", "pairs.real_steps=3"],
+            "real-pairs-1",
+            {"teacher": {"forward": 6}},
+        ),
+        (["distillation.two_step=none"], "distilled", {"student": {"trained": 15 * 64}}),
+        (
+            ["distillation.two_step=teacher"],
+            "distilled",
+            {"student": {"trained": 2 * 15 * 64, "forward": 2 * 15 * 64}},
+        ),
+    ],
+)
+def test_passes(tmp_path: Path, overrides: list[str], stage: str, told: object) -> None:
+    assert passes(_config(tmp_path, *overrides), num_pictures=1)[stage] == told
+
+
+def test_passes_of_reflow() -> None:
+    config = ReflowConfig(rounds=2, teacher="somewhere")
+    told = passes(config, num_pictures=0)
+    assert list(told) == [
+        *("pairs-1", "student-1", "pairs-2", "student", "pairs-distillation", "distilled"),
+        "control",
+    ]
+    assert told["student-1"] == {"teacher": {"trained": 3250 * 256}}
+    assert told["pairs-distillation"] == {"teacher": {"forward": 24 * 10_000}}
+    small = replace(config, student_net=NetOptions("mlp", {"width": 16}), control=False)
+    assert passes(small, num_pictures=0)["pairs-2"] == {"student": {"forward": 24 * 10_000}}
+
+
+def test_memory_is_that_of_the_roles(finished: Path) -> None:
+    """Adam in float32: weights, average, gradients and two moments; the flow that guides."""
+    took = json.loads((finished / "stages" / "distilled" / "memory.json").read_text())
+    weights = sum(p.nbytes for p in from_diffusers(finished / "distilled").parameters())
+    student = took["roles"]["student"]
+    assert student["weights"] == student["average"] == student["gradients"] == weights
+    assert 2 * weights <= student["optimizer"] < 2.05 * weights  # and a step for each tensor
+    frozen = took["roles"]["frozen"]["weights"]  # with the frequencies of its time embedding
+    assert weights <= frozen < 1.01 * weights
+    assert took["sum"] == 3 * weights + student["optimizer"] + frozen
+    assert (took["peak"] is None) == (not torch.cuda.is_available())
 
 
 def test_the_student_is_smaller_and_its_pairs_are_its_own_ode(finished: Path) -> None:
@@ -95,10 +196,31 @@ def test_the_student_is_smaller_and_its_pairs_are_its_own_ode(finished: Path) ->
 
 
 def test_checkpoints_keep_how_far_the_annealing_is(finished: Path) -> None:
-    for step in (40, 50):
+    for step in (10, 20):
         path = finished / "stages" / "student" / f"checkpoint-{step}" / "state.json"
         phase = json.loads(path.read_text())["phase"]
-        assert phase == {"step": step, "schedule": "linear", "steps": 30, "beta": 0.0}
+        assert phase == {"step": step, "schedule": "linear", "steps": 12, "beta": 0.0}
+
+
+def test_every_stage_goes_on_from_what_a_kill_leaves(finished: Path, tmp_path: Path) -> None:
+    """All files appear whole, so a killed stage is a finished one that lacks its last files."""
+    shutil.copytree(finished, run := tmp_path / "run")
+    left = {"teacher": 10, "student": 5, "distilled": 5}  # the student's while annealing
+    for stage, last in left.items():
+        shutil.rmtree(run / stage)
+        for path in (run / "stages" / stage).glob("checkpoint-*"):
+            if int(path.name.removeprefix("checkpoint-")) > last:
+                shutil.rmtree(path)
+        shutil.copytree(run / "stages" / stage / "checkpoint-5", run / "stages" / stage / LEFTOVER)
+    for pairs in ("pairs-1", "pairs-distillation"):
+        (run / pairs / "shard-000001.json").unlink()  # its tensors are there, not yet valid
+        (run / pairs / "shard-000003.json").unlink()
+        (run / pairs / "shard-000003.safetensors").unlink()
+    (run / "summary.json").unlink()
+    train_slimflow(_config(run))
+    assert _contents(run) == _contents(finished)
+    assert (run / "summary.json").is_file()
+    assert not list(run.glob(f"stages/*/{LEFTOVER}"))
 
 
 def _child(config: SlimFlowConfig) -> None:
@@ -118,13 +240,15 @@ def _killed(config: SlimFlowConfig, path: Path) -> None:
     process.join()
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_it_ends_in_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     moments = [
+        "stages/teacher/checkpoint-5",
         "pairs-1/shard-000001.safetensors",
-        "stages/student/.tmp-checkpoint-20",  # while annealing
-        "stages/student/checkpoint-40",  # after it
+        "stages/student/.tmp-checkpoint-5",  # while annealing
+        "stages/student/checkpoint-15",  # after it
         "pairs-distillation/shard-000002.json",
-        "stages/distilled/checkpoint-20",
+        "stages/distilled/checkpoint-10",
     ]
     for moment in moments:
         _killed(_config(tmp_path), tmp_path / moment)
@@ -133,7 +257,11 @@ def test_killed_in_every_phase_it_ends_in_the_same_bytes(finished: Path, tmp_pat
     assert _contents(tmp_path) == _contents(finished)
 
 
-def test_two_processes_end_where_one_that_accumulates_does(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_end_where_one_with_twice_the_batch_does(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Both halves of a batch are other processes' micro-batches: one process accumulates them."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [sys.executable, *torchrun, str(SCRIPT), *SMALL, f"output_dir={tmp_path}"]
@@ -141,7 +269,7 @@ def test_two_processes_end_where_one_that_accumulates_does(finished: Path, tmp_p
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = _contents(tmp_path), _contents(finished)
@@ -156,42 +284,10 @@ def test_two_processes_end_where_one_that_accumulates_does(finished: Path, tmp_p
 
 
 FEW = [
-    *("student_training.steps=2", "distillation.steps=2", "evaluate.nfe=[1]"),
+    *("student_training.steps=2", "distillation.steps=2"),
     *("pairs.num_pairs=100", "own_pairs.num_pairs=100", "evaluate.num_samples=10"),
-    *("evaluate.straightness_samples=2", "teacher_training.steps=2"),
+    *("teacher_training.steps=2", "annealing.steps=2"),
 ]
-
-
-def test_an_edm_teacher_classes_flips_and_the_published_formula(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    net = NCSNpp(
-        sample_size=8,
-        in_channels=1,
-        model_channels=8,
-        channel_mult=[1],
-        num_blocks=1,
-        num_classes=10,
-        attention_resolutions=[],
-    )
-    export_model(EDMVelocity(net), tmp_path / "edm", shape=SHAPE, num_classes=10)
-    train_slimflow(
-        _config(
-            tmp_path / "run",
-            *FEW,
-            *(f"teacher={tmp_path / 'edm'}", "data.conditional=true", "data.flip=true"),
-            *("pairs.grid=edm", "annealing.schedule=exponential"),
-            *("distillation.two_step=teacher", "distillation.loss={name: huber}"),
-        )
-    )
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert all(math.isfinite(summary[name]["fd"][0]) for name in ("teacher", "distilled"))
-    labels = PairStore(tmp_path / "run" / "pairs-distillation").fetch(range(100))["class_labels"]
-    assert labels.unique().tolist() == list(range(10))
-    noise = keyed_noise(0, range(4), SHAPE)
-    distilled = from_diffusers(tmp_path / "run" / "distilled")
-    with torch.no_grad():
-        v = distilled(noise, 0.0, class_labels=torch.arange(4))
-    assert v.shape == noise.shape and v.isfinite().all()
 
 
 @pytest.fixture(scope="module")
@@ -213,16 +309,44 @@ def _lpips(weights: Path, size: int) -> str:
     return f"distillation.loss={{name: lpips, net: alex, weights: '{weights}', size: {size}}}"
 
 
-def test_lpips_distils(finished: Path, tmp_path: Path, alexnet: Path) -> None:
-    words = [*FEW, f"teacher={finished / 'teacher'}", "distillation.batch_size=8"]
-    words += ["distillation.micro_batch_size=null", "checkpoint_every=1", _lpips(alexnet, 64)]
-    train_slimflow(_config(tmp_path, *words))
+def test_an_edm_teacher_classes_flips_lpips_and_the_published_formula(
+    tmp_path: Path, alexnet: Path
+) -> None:
+    torch.manual_seed(0)
+    net = NCSNpp(
+        sample_size=8,
+        in_channels=1,
+        model_channels=8,
+        channel_mult=[1],
+        num_blocks=1,
+        num_classes=10,
+        attention_resolutions=[],
+    )
+    export_model(EDMVelocity(net), tmp_path / "edm", shape=SHAPE, num_classes=10)
+    train_slimflow(
+        _config(
+            tmp_path / "run",
+            *FEW,
+            *(f"teacher={tmp_path / 'edm'}", "data.conditional=true", "data.flip=true"),
+            *("pairs.grid=edm", "annealing.schedule=exponential"),
+            *("distillation.two_step=teacher", _lpips(alexnet, 64), "checkpoint_every=1"),
+            *("distillation.batch_size=8", "distillation.micro_batch_size=4"),
+        )
+    )
     first, second = (
-        load_file(tmp_path / "stages" / "distilled" / f"checkpoint-{step}" / "model.safetensors")
-        for step in (1, 2)
+        load_file(folder / "model.safetensors")
+        for folder in sorted((tmp_path / "run" / "stages" / "distilled").glob("checkpoint-*"))
     )
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert all(value.isfinite().all() for value in second.values())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert all(math.isfinite(summary[name]["fd"][0]) for name in ("teacher", "distilled"))
+    labels = PairStore(tmp_path / "run" / "pairs-distillation").fetch(range(100))["class_labels"]
+    assert labels.unique().tolist() == list(range(10))
+    noise = keyed_noise(0, range(4), SHAPE)
+    distilled = from_diffusers(tmp_path / "run" / "distilled")
+    with torch.no_grad():
+        v = distilled(noise, 0.0, class_labels=torch.arange(4))
+    assert v.shape == noise.shape and v.isfinite().all()
 
 
 def test_a_loss_that_cannot_take_the_pictures_is_refused(tmp_path: Path, alexnet: Path) -> None:
@@ -234,7 +358,7 @@ def test_a_loss_that_cannot_take_the_pictures_is_refused(tmp_path: Path, alexnet
 def test_without_annealing_and_second_term_it_is_reflow(finished: Path, tmp_path: Path) -> None:
     """The baseline that a comparison wants, from the same pairs."""
     plain = ["annealing.schedule=fixed", "annealing.beta=0", "distillation.two_step=none"]
-    plain += ["distillation.steps=2", "evaluate.num_samples=10", "evaluate.straightness_samples=2"]
+    plain += ["student_training.steps=2", "distillation.steps=2", "evaluate.num_samples=10"]
     train_slimflow(_config(tmp_path, f"teacher={finished / 'teacher'}", *plain))
     ours, theirs = _contents(tmp_path), _contents(finished)
     shared = [name for name in ours if name.startswith("pairs-1")]
@@ -262,6 +386,9 @@ BAD = [
     (["own_pairs.real_share=0.5"], "own_pairs.real_share at 0"),
     (["own_pairs.solver=hein"], "did you mean 'heun'"),
     (["data.conditional=true", "pairs.guidance_scale=2"], "label_dropout"),
+    (["student_training.steps=0"], "student_training.steps must be at least 1"),
+    (["annealing.steps=8"], "annealing.steps 8 .* beta would end at 0.75"),
+    (["annealing.steps=3", "annealing.schedule=cosine"], "beta would end at 0.25"),
     (["rounds=2"], "rounds"),
     (["teacher=no/such/folder"], "no/such/folder"),
     (["distillation.micro_batch_size=48"], "multiple of"),
