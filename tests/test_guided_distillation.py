@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,6 +99,19 @@ class TestTwoSteps:
         assert loss.logs["two_step"] < 1e-12 and loss.logs["direct"] < 1e-12
         other = distillation(Lines(0.2, 0.3), flow, first=first).loss(pairs_of(flow))
         assert other.logs["two_step"] > 1e-3
+
+    def test_the_flow_is_asked_in_the_runs_precision(self) -> None:
+        asked = []
+
+        class Watched(Bends):
+            def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+                asked.append(torch.is_autocast_enabled("cpu"))
+                return super().forward(x_t, t)
+
+        bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+        method = distillation(Bends(-0.7, 0.3), Watched(-1.1, 0.4), first="teacher", precision=bf16)
+        assert method.loss(pairs_of(Bends(-1.1, 0.4))).value.dtype == torch.float32
+        assert asked == [True, True]
 
     @pytest.mark.parametrize("first", ["student", "teacher"])
     def test_no_gradient_flows_into_the_target(self, first: str) -> None:

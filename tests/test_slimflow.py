@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flowkit.trainers.settings import NetOptions, RunOptions, TrainOptions
 from flowkit.trainers.slimflow_settings import SlimFlowConfig
 
 SHAPE = (1, 8, 8)
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Rows:
@@ -194,55 +196,76 @@ class Interrupted:
         return self.method.loss(batch)
 
 
-SIZES = [  # SlimFlow's README: width, levels, blocks, millions
-    (128, [1, 2, 2], 2, 27.9),
-    (96, [1, 2, 2], 2, 15.7),
-    (64, [1, 2, 2], 2, 7.0),
-    (64, [1, 1, 2], 1, 3.4),
-]
-
-
-@pytest.mark.parametrize("width, levels, blocks, millions", SIZES)
-def test_published_students(width: int, levels: list[int], blocks: int, millions: float) -> None:
-    options = parse(
-        SlimFlowConfig, ["--config", "cifar10/slimflow.yaml"], doc=""
-    ).student_net.options
-    changed = {"model_channels": width, "channel_mult": levels, "num_blocks": blocks}
-    with torch.device("meta"):
-        net = build_model(NetOptions("ncsnpp", {**options, **changed}), (3, 32, 32), None).net
-    assert round(net.num_parameters() / 1e6, 1) == millions
-
-
-CONFIGS = {  # parameters of teacher (with teacher=train) and student, in millions
-    "digits": ((1, 8, 8), None, 0.338, 0.079),
-    "cifar10": ((3, 32, 32), None, 61.8, 15.7),
-    "ffhq64": ((3, 64, 64), None, 61.8, 27.9),
-    "imagenet64": ((3, 64, 64), 1000, 295.9, 80.7),
+STUDENTS = {  # the line that a configuration says it with: parameters of that student
+    "cifar10": {
+        "15.7 M parameters": 15_707_235,
+        "27.9 M, FID 4.53   student_net.options.model_channels=128": 27_906_179,
+        "7.0 M              student_net.options.model_channels=64": 6_989_891,
+        "3.4 M              student_net.options.model_channels=64 "
+        "student_net.options.num_blocks=1 student_net.options.channel_mult=[1,1,2]": 3_437_123,
+    },
+    "ffhq64": {
+        "27.9 M": 27_906_179,
+        "15.7 M, FID 7.70   student_net.options.model_channels=96": 15_707_235,
+        "7.0 M              student_net.options.model_channels=64": 6_989_891,
+    },
+    "imagenet64": {
+        "80.7 M parameters": 80_685_315,
+        "44.7 M             student_net.options.channel_mult=[1,2,2,2]": 44_685_827,
+    },
+}
+SHAPES = {
+    "digits": ((1, 8, 8), None),
+    "cifar10": ((3, 32, 32), None),
+    "ffhq64": ((3, 64, 64), None),
+    "imagenet64": ((3, 64, 64), 1000),
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_configs(name: str) -> None:
-    shape, classes, *millions = CONFIGS[name]
-    config = parse(SlimFlowConfig, ["--config", f"{name}/slimflow.yaml"], doc="")
+def read(name: str, *overrides: str) -> SlimFlowConfig:
+    return parse(SlimFlowConfig, ["--config", f"{name}/slimflow.yaml", *overrides], doc="")
+
+
+def count(net: NetOptions, name: str) -> int:
     with torch.device("meta"):
-        nets = [build_model(net, shape, classes).net for net in (config.net, config.student_net)]
-    counts = [net.num_parameters() / 1e6 for net in nets]
-    assert counts == pytest.approx(millions, abs=0.05 if counts[0] > 1 else 0.0005)
-    assert config.data.conditional == (classes is not None)
-    distilled, student = config.distillation, config.student_training
-    assert distilled.two_step == "student" and distilled.two_step_between == (0.2, 0.8)
-    assert config.annealing.schedule == "linear" and distilled.times == {
-        "name": "constant",
-        "t": 0.0,
-    }
-    if name == "digits":
-        assert config == SlimFlowConfig()
-        assert counts[1] < counts[0] / 4
-        return
-    assert config.annealing.steps == 300_000 and config.data.flip
-    assert (student.steps, distilled.steps) == (800_000, 400_000)
-    for stage in (student, distilled):
-        assert (stage.optimizer, stage.learning_rate, stage.batch_size) == ("adam", 2e-4, 128)
-        assert (stage.max_grad_norm, stage.ema_decay) == (1.0, 0.999999)
-    assert (student.warmup_steps, distilled.warmup_steps) == (5000, 0)
+        return build_model(net, *SHAPES[name]).net.num_parameters()
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_published_students(name: str) -> None:
+    text = (CONFIGS / name / "slimflow.yaml").read_text()
+    text = re.sub(r" \\\n# +", " ", text)  # lines that go on
+    for line, parameters in STUDENTS[name].items():
+        assert line in text and line.startswith(f"{parameters / 1e6:.1f} M")
+        overrides = [word for word in line.split() if word.startswith("student_net")]
+        assert count(read(name, *overrides).student_net, name) == parameters
+
+
+def test_configs() -> None:
+    """What all of them share, and the settings that were published."""
+    for name in SHAPES:
+        config = read(name)
+        assert config.data.conditional == (SHAPES[name][1] is not None)
+        assert config.annealing.schedule == "linear"
+        distilled = config.distillation
+        assert distilled.two_step == "student" and distilled.two_step_between == (0.2, 0.8)
+        assert distilled.times == {"name": "constant", "t": 0.0}
+    for name in STUDENTS:
+        config = read(name)
+        student, distilled = config.student_training, config.distillation
+        assert config.annealing.steps == 300_000 and config.data.flip
+        assert (student.steps, distilled.steps) == (800_000, 400_000)
+        for stage in (student, distilled):
+            assert (stage.optimizer, stage.learning_rate, stage.batch_size) == ("adam", 2e-4, 128)
+            assert (stage.betas, stage.eps, stage.weight_decay) == ((0.9, 0.999), 1e-8, 0)
+            assert (stage.max_grad_norm, stage.ema_decay) == (1.0, 0.999999)
+        assert (student.warmup_steps, distilled.warmup_steps) == (5000, 0)
+        assert student.loss == {"name": "squared"} and student.times == {"name": "uniform"}
+        assert student.dropout == (0.13 if name == "imagenet64" else 0.15)
+        assert distilled.loss == {"name": "lpips", "size": 64}
+
+
+def test_the_digits_are_the_defaults() -> None:
+    config = read("digits")
+    assert config == SlimFlowConfig()
+    assert count(config.student_net, "digits") == 79_024 < count(config.net, "digits") / 4

@@ -19,10 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -347,6 +350,41 @@ def test_an_edm_teacher_classes_flips_lpips_and_the_published_formula(
     with torch.no_grad():
         v = distilled(noise, 0.0, class_labels=torch.arange(4))
     assert v.shape == noise.shape and v.isfinite().all()
+
+
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """accelerate keeps the first choice of a process, so forget it before and after."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_latents_with_classes_in_bf16(tmp_path: Path, another_precision: None) -> None:
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        sample_size=8,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        path = tmp_path / "data" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    words = [f"data.vae={tmp_path / 'vae'}", "data.conditional=true", "mixed_precision=bf16"]
+    words += [f"data.name=folder:{tmp_path / 'data'}", "evaluate.split=train"]
+    train_slimflow(_config(tmp_path / "run", *FEW, *words))
+    record = json.loads((tmp_path / "run" / "distilled" / "flowkit.json").read_text())
+    assert record["shape"] == [2, 8, 8] and record["num_classes"] == 2
+    assert record["latents"] is not None
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert math.isfinite(summary["distilled"]["fd"][0])
+    rows = PairStore(tmp_path / "run" / "pairs-distillation").fetch(range(100))
+    assert rows["data"].shape == (100, 2, 8, 8) and "class_labels" in rows
 
 
 def test_a_loss_that_cannot_take_the_pictures_is_refused(tmp_path: Path, alexnet: Path) -> None:

@@ -31,23 +31,25 @@ def passes(config: ReflowConfig | SlimFlowConfig, num_pictures: int) -> dict[str
     A network is "teacher" or "student", by its size.  None: pairs of an adaptive solver, whose
     passes nobody can tell beforehand.  num_pictures: of the data, for pairs.real_share.
     """
-    slim = isinstance(config, SlimFlowConfig)
-    small = "student" if slim or config.student_net is not None else "teacher"
+    if isinstance(config, SlimFlowConfig):
+        smaller, control, own_pairs = True, False, config.own_pairs
+    else:
+        smaller, control, own_pairs = config.student_net is not None, config.control, config.pairs
+    student = "student" if smaller else "teacher"
     found: dict[str, Passes | None] = {}
     if config.teacher == "train":
         found["teacher"] = _training(config.teacher_training, "teacher")
     for k in range(1, config.rounds + 1):
-        flow, last = "teacher" if k == 1 else small, k == config.rounds
+        flow, last = "teacher" if k == 1 else student, k == config.rounds
         branches = 2 if k == 1 and config.pairs.guidance_scale != 1 else 1
         found[f"pairs-{k}"] = _solving(config.pairs, flow, branches * config.pairs.num_pairs)
         if config.pairs.real_share:
             found[f"real-pairs-{k}"] = _solving(config.pairs, flow, num_pictures, invert=True)
-        found["student" if last else f"student-{k}"] = _training(config.student_training, small)
+        found["student" if last else f"student-{k}"] = _training(config.student_training, student)
     if config.distillation.steps:
-        own = config.own_pairs if slim else config.pairs
-        found["pairs-distillation"] = _solving(own, small, own.num_pairs)
-        found["distilled"] = _training(config.distillation, small)
-    if not slim and config.control:
+        found["pairs-distillation"] = _solving(own_pairs, student, own_pairs.num_pairs)
+        found["distilled"] = _training(config.distillation, student)
+    if control:
         found["control"] = _training(config.student_training, "teacher")
     return found
 
