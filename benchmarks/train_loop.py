@@ -20,12 +20,12 @@ from torch import Tensor
 from flowkit.coupling import Independent
 from flowkit.losses import premetric
 from flowkit.samplers.timesteps import UShaped, density
+from flowkit.trainers.building import build_model
 from flowkit.trainers.launch import make_accelerator
 from flowkit.trainers.loop import Loop
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.pairing import generate_pairs
 from flowkit.trainers.settings import NetOptions, PairOptions, RunOptions, TrainOptions
-from flowkit.trainers.stages import build_model
 from flowkit.velocity import interpolate
 
 ROUNDS = 5

@@ -4,6 +4,8 @@
     Paired(store)                 noise and the data that an ODE made of it: reflow, 2-RF; A to F of
                                   Lee et al., 2024, arXiv:2405.20320
     Mixed(pairs, real, share)     pairs and inverted real pictures together: their config G
+    Annealed(pairs, beta)         from the one (beta = 1) to the other (beta = 0): Zhu et al., 2024,
+                                  arXiv:2407.12718
 
 Reading (`fetch`: deterministic, on the CPU, in any process) is apart from chance (`couple`: on the
 device of the rows).
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from flowkit.errors import FlowkitError
 
-__all__ = ["Batch", "Coupling", "Independent", "Mixed", "Paired"]
+__all__ = ["Annealed", "Batch", "Coupling", "Independent", "Mixed", "Paired"]
 
 Rows = dict[str, Tensor]
 
@@ -178,6 +180,53 @@ class Mixed:
             torch.cat([first.data, second.data]),
             {name: torch.cat([first.cond[name], second.cond[name]]) for name in first.cond},
         )
+
+
+class Annealed:
+    """Pairs whose noise is turned towards fresh noise (Zhu et al., 2024, arXiv:2407.12718):
+
+        noise_beta = sqrt(1 - beta^2) noise + beta fresh
+
+    It is N(0, I) for every beta, and of correlation sqrt(1 - beta^2) with the pair's own.  beta = 1
+    is a 1-rectified flow on the pairs' data, beta = 0 the pairs themselves: both to the bit, with
+    all that is drawn after them, since beta = 0 draws nothing.
+
+    pairs: whose batches are turned, with its flips and its conditioning.
+    beta: in [0, 1]; may be set between batches.
+    """
+
+    def __init__(self, pairs: Coupling, beta: float = 1.0) -> None:
+        self.pairs, self.shape = pairs, pairs.shape
+        self.beta = beta
+
+    @property
+    def beta(self) -> float:
+        """The share of fresh noise: 1 is all, 0 none."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise FlowkitError(f"beta must lie in [0, 1], got {value}; 1 is all fresh noise")
+        self._beta = float(value)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def fetch(self, indices: Sequence[int] | Tensor) -> Rows:
+        """The pairs' rows."""
+        return self.pairs.fetch(indices)
+
+    def couple(self, rows: Rows, generator: torch.Generator | None = None) -> Batch:
+        """Couple the pairs in their own way, then draw the fresh noise."""
+        batch, beta = self.pairs.couple(rows, generator), self._beta
+        if beta == 0:
+            return batch
+        own = batch.noise
+        fresh = torch.randn(own.shape, generator=generator, device=own.device, dtype=own.dtype)
+        # (1 - beta)(1 + beta) keeps the digits that 1 - beta^2 would cancel near beta = 1
+        kept = math.sqrt((1 - beta) * (1 + beta))
+        return Batch(kept * own + beta * fresh, batch.data, batch.cond)
 
 
 def _checked_shape(rows: Rowed, flip: bool) -> tuple[int, ...]:

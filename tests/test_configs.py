@@ -17,8 +17,14 @@ from flowkit.adapters import from_diffusers
 from flowkit.config import parse
 from flowkit.losses import premetric
 from flowkit.samplers.timesteps import density
-from flowkit.trainers.settings import FlowConfig, ReflowConfig, TrainOptions
-from flowkit.trainers.stages import build_model
+from flowkit.trainers import compare
+from flowkit.trainers.building import build_model
+from flowkit.trainers.distilling import distil
+from flowkit.trainers.dmd_settings import DisBackConfig, DMDConfig
+from flowkit.trainers.retracing import backtrack
+from flowkit.trainers.settings import FlowConfig, PictureOptions, ReflowConfig, TrainOptions
+from flowkit.trainers.slimflow_settings import SlimFlowConfig
+from flowkit.trainers.slimming import train_slimflow
 from flowkit.trainers.straighten import straighten, train_flow
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -29,13 +35,26 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NETS = {
     "afhq64/reflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
     "cifar10/dit16-flow.yaml": ((3, 16, 16), None, 4_163_916, "4.2 M"),
+    "cifar10/dmd.yaml": ((3, 32, 32), 10, 55_734_019, "55.7 M"),
+    "cifar10/dmd_small.yaml": ((3, 16, 16), None, 1_002_883, "1.0 M"),
+    "cifar10/f_distill.yaml": ((3, 32, 32), 10, 55_734_019, "55.7 M"),
     "cifar10/flow.yaml": ((3, 32, 32), None, 61_804_419, "61.8 M"),
     "cifar10/reflow.yaml": ((3, 32, 32), None, 55_732_739, "55.7 M"),
+    "cifar10/slimflow.yaml": ((3, 32, 32), None, 61_804_419, "61.8 M"),
     "cifar10/small.yaml": ((3, 16, 16), None, 1_002_883, "1.0 M"),
+    "digits/disback.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
+    "digits/dmd.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
+    "digits/f_distill.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
     "digits/flow.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
     "digits/reflow.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
+    "digits/slimflow.yaml": ((1, 8, 8), None, 338_240, "0.3 M"),
     "ffhq64/reflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
+    "ffhq64/slimflow.yaml": ((3, 64, 64), None, 61_804_419, "61.8 M"),
+    "imagenet64/disback.yaml": ((3, 64, 64), 1000, 295_899_267, "295.9 M"),
+    "imagenet64/dmd.yaml": ((3, 64, 64), 1000, 295_899_267, "295.9 M"),
+    "imagenet64/f_distill.yaml": ((3, 64, 64), 1000, 295_899_267, "295.9 M"),
     "imagenet64/reflow.yaml": ((3, 64, 64), 1000, 295_899_267, "295.9 M"),
+    "imagenet64/slimflow.yaml": ((3, 64, 64), 1000, 295_899_267, "295.9 M"),
     "mnist/reflow.yaml": ((1, 28, 28), None, 4_165_456, "4.2 M"),
 }
 # lr, warm-up, batch, steps, dropout, loss: Lee et al., 2024, and sangyun884/rfpp's commands
@@ -45,22 +64,40 @@ PUBLISHED = {
     "afhq64": (2e-4, 5000, 256, 1_000_001, 0.25, "lpips_huber"),
     "ffhq64": (2e-4, 5000, 256, 1_000_000, 0.25, "lpips_huber"),
 }
-NARROW = {  # the same networks with fewer channels and blocks
-    "mlp": ["width=16"],
-    "dit": ["hidden_size=32", "num_layers=1", "num_heads=2"],
-    "unet2d": ["block_out_channels=[8,16]", "layers_per_block=1", "norm_num_groups=4"],
-    "ncsnpp": ["model_channels=8", "num_blocks=1"],
-    "adm": ["model_channels=8", "num_blocks=1"],
+SCHEMAS = {  # by the file's name; all others are a FlowConfig
+    **dict.fromkeys(("reflow", "small"), ReflowConfig),
+    **dict.fromkeys(("dmd", "dmd_small", "f_distill"), DMDConfig),
+    "disback": DisBackConfig,
+    "slimflow": SlimFlowConfig,
 }
-SIDE = 16  # of larger pictures: the final grids of samples would take the longest
+# what runs a configuration, and the stages that it trains beside a distillation
+TRAINERS = {
+    FlowConfig: (train_flow, ["model"]),
+    ReflowConfig: (straighten, ["teacher", "student"]),
+    SlimFlowConfig: (train_slimflow, ["teacher", "student"]),
+    DMDConfig: (distil, ["teacher", "student"]),
+    DisBackConfig: (backtrack, ["teacher", "degraded", "student"]),
+}
+TINY = {  # the same networks with as little as they can do with
+    "mlp": ["width=16", "num_blocks=1"],
+    "dit": ["hidden_size=32", "num_layers=1", "num_heads=2"],
+    "unet2d": [
+        *("block_out_channels=[8]", "layers_per_block=1", "norm_num_groups=4"),
+        *("down_block_types=[AttnDownBlock2D]", "up_block_types=[AttnUpBlock2D]"),
+        "attention_head_dim=8",
+    ],
+    "ncsnpp": ["model_channels=8", "channel_mult=[1]", "num_blocks=1", "attention_resolutions=[8]"],
+    "adm": ["model_channels=8", "channel_mult=[1]", "num_blocks=1", "attention_resolutions=[8]"],
+}
+SIDE = 8  # of all pictures
 
 
-def read(name: str, *overrides: str) -> FlowConfig | ReflowConfig:
-    schema = FlowConfig if name.endswith(("/flow.yaml", "-flow.yaml")) else ReflowConfig
+def read(name: str, *overrides: str) -> PictureOptions:
+    schema = SCHEMAS.get(Path(name).stem, FlowConfig)
     return parse(schema, ["--config", str(CONFIGS / name), *overrides], doc="")
 
 
-def trainings(config: FlowConfig | ReflowConfig) -> dict[str, TrainOptions]:
+def trainings(config: PictureOptions) -> dict[str, TrainOptions]:
     return {
         field.name: value
         for field in dataclasses.fields(config)
@@ -132,54 +169,60 @@ def test_rfpp_settings(name):
         }[name]
 
 
-def pictures(folder: Path, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Eight random pictures of that shape, in folders for two classes when there are classes."""
-    channels, height, width = shape
+def pictures(folder: Path, channels: int, num_classes: int) -> None:
+    """Eight random pictures, in folders for two classes when there are classes."""
     rng = np.random.default_rng(0)
     for i in range(8):
-        levels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        levels = rng.integers(0, 256, (SIDE, SIDE, channels), dtype=np.uint8)
         path = folder / (f"class{i % 2}" if num_classes else ".") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(levels[..., 0] if channels == 1 else levels).save(path)
 
 
 def small_run(name: str, folder: Path, vgg_weights: Path) -> list[str]:
-    """Two steps of each stage, on eight pictures, with a narrow network."""
-    (channels, height, width), num_classes, *_ = NETS[name]
+    """Two steps of each stage, on eight pictures, with a tiny network."""
+    (channels, *_), num_classes, *_ = NETS[name]
     config = read(name)
     words = [f"output_dir={folder / 'run'}", "sample_every=0", "checkpoint_every=1"]
     words += ["mixed_precision=no"]  # accelerate allows one choice a process
-    words += [f"net.options.{option}" for option in NARROW[config.net.name]]
+    words += [f"net.options.{option}" for option in TINY[config.net.name]]
     if config.data.name != "digits":
-        pictures(folder / "data", (channels, height, width), num_classes or 0)
-        words += [f"data.name=folder:{folder / 'data'}", "data.root=null"]
-        words += [f"data.size={SIDE}"] * (height > 28)
+        pictures(folder / "data", channels, num_classes or 0)
+        words += [f"data.name=folder:{folder / 'data'}", "data.root=null", f"data.size={SIDE}"]
         # no trained network takes every size: an untrained one of 112 features
         words += ["evaluate.features=flowkit.eval.features:ResNet20", "evaluate.split=train"]
-    words += ["evaluate.nfe=[1]", "evaluate.num_samples=4", "evaluate.straightness_samples=2"]
+    words += ["evaluate.nfe=[1]", "evaluate.num_samples=4", "evaluate.straightness_samples=1"]
     for stage, training in trainings(config).items():
         words += [f"{stage}.steps={min(2, training.steps)}", f"{stage}.batch_size=2"]
         words += [f"{stage}.micro_batch_size=null", f"{stage}.warmup_steps=0"]
         if "lpips" in training.loss["name"]:
-            words += [f"{stage}.loss.weights={vgg_weights}", f"{stage}.loss.size=32"]
+            words += [f"{stage}.loss.weights={vgg_weights}", f"{stage}.loss.size=16"]
+    made = ["num_pairs=4", "num_steps=2", "dtype=float32"]  # untrained flows make no pictures
+    if isinstance(config, ReflowConfig | SlimFlowConfig):
+        words += [f"pairs.{option}" for option in made]
     if isinstance(config, ReflowConfig):
-        words += ["teacher=train", "control=false", "pairs.num_pairs=4", "pairs.num_steps=2"]
-        words += ["pairs.dtype=float32"]  # what an untrained network makes are no pictures
-    return words
+        words += ["control=false"]
+    if isinstance(config, SlimFlowConfig):
+        words += [f"own_pairs.{option}" for option in made] + ["annealing.steps=2"]
+        words += [f"student_net.options.{option}" for option in TINY[config.student_net.name]]
+    if isinstance(config, DMDConfig):
+        words += ["matching.student_every=1"]
+    if isinstance(config, DisBackConfig):
+        words += ["path.steps=2", "path.record_every=1", "path.switch_every=1"]
+    return words if isinstance(config, FlowConfig) else [*words, "teacher=train"]
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_two_steps(name, tmp_path, vgg_weights):
+def test_two_steps(name, tmp_path, vgg_weights, monkeypatch):
+    monkeypatch.setattr(compare, "STRAIGHTNESS_STEPS", 2)  # else they take half of the time
     config, run = read(name, *small_run(name, tmp_path, vgg_weights)), tmp_path / "run"
-    if isinstance(config, ReflowConfig):
-        straighten(config)
-        trained = ["teacher", "student"] + ["distilled"] * (config.distillation.steps > 0)
-    else:
-        train_flow(config)
-        trained = ["model"]
+    train, trained = TRAINERS[type(config)]
+    train(config)
+    if "distillation" in trainings(config) and config.distillation.steps:
+        trained = [*trained, "distilled"]
     summary = json.loads((run / "summary.json").read_text())
     for stage in trained:
-        assert np.isfinite(summary[stage]["fd"]).all()
+        assert stage == "degraded" or np.isfinite(summary[stage]["fd"]).all()
         exported = from_diffusers(run / stage).state_dict()
         first, second = (load_file(path) for path in _weights(run / "stages" / stage))
         for state in (exported, first, second):

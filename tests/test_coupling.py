@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowkit.coupling import Batch, Independent, Mixed, Paired
+from flowkit.coupling import Annealed, Batch, Independent, Mixed, Paired
 from flowkit.errors import FlowkitError
 
 SHAPE = (2, 3, 4)
@@ -100,6 +100,77 @@ class TestPaired:
         torch.testing.assert_close(line[1][~heads], line[0][~heads])
 
 
+class TestAnnealed:
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_beta_1_is_a_1_rectified_flow_on_the_pairs_data(self, flip: bool) -> None:
+        rows = Paired(Rows(60)).fetch(range(60))
+        annealed = Annealed(Paired(Rows(60), flip=flip), beta=1.0)
+        plain = Independent(Rows(60, paired=False), flip=flip)
+        bare = {name: value for name, value in rows.items() if name != "noise"}
+        ours, theirs = seeded(), seeded()
+        a, b = annealed.couple(rows, ours), plain.couple(bare, theirs)
+        assert torch.equal(a.noise, b.noise) and torch.equal(a.data, b.data)
+        assert torch.equal(a.cond["class_labels"], b.cond["class_labels"])
+        assert torch.equal(ours.get_state(), theirs.get_state())  # and all that is drawn later
+
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_beta_0_is_reflow(self, flip: bool) -> None:
+        pairs = Paired(Rows(60), flip=flip)
+        ours, theirs = seeded(), seeded()
+        a = Annealed(pairs, 0.0).couple(pairs.fetch(range(60)), ours)
+        b = pairs.couple(pairs.fetch(range(60)), theirs)
+        assert torch.equal(a.noise, b.noise) and torch.equal(a.data, b.data)
+        assert torch.equal(ours.get_state(), theirs.get_state())
+
+    @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+    def test_the_noise_keeps_its_law_and_leans_on_the_pairs_own(self, beta: float) -> None:
+        """Var = 1 and Cov = sqrt(1 - beta^2), within 5 standard errors of 240,000 numbers."""
+        own = torch.randn(10_000, *SHAPE, generator=seeded(1))
+        data = torch.randn(10_000, *SHAPE, generator=seeded(2))
+        noise = Annealed(Paired(Rows(1)), beta).couple({"noise": own, "data": data}, seeded()).noise
+        for moment, wanted in (
+            (noise.mean(), 0.0),
+            (noise.square().mean(), 1.0),
+            ((noise * own).mean(), (1 - beta**2) ** 0.5),
+            ((noise * data).mean(), 0.0),
+        ):
+            assert moment.item() == pytest.approx(wanted, abs=5 * (2 / 240_000) ** 0.5)
+
+    def test_each_sample_is_turned_by_the_formula(self) -> None:
+        rows = Paired(Rows(9)).fetch(range(9))
+        fresh = torch.randn(rows["noise"].shape, generator=seeded(4))
+        noise = Annealed(Paired(Rows(9)), 0.6).couple(rows, seeded(4)).noise
+        torch.testing.assert_close(noise, 0.8 * rows["noise"] + 0.6 * fresh)
+
+    def test_flip_mirrors_the_whole_line_from_the_pair(self) -> None:
+        """x_t of a mirrored pair is the mirrored x_t, but for the fresh noise."""
+        rows = Paired(Rows(50)).fetch(range(50))
+        batch = Annealed(Paired(Rows(50), flip=True), 0.6).couple(rows, seeded())
+        generator = seeded()
+        heads = torch.rand(50, 1, 1, 1, generator=generator) < 0.5
+        fresh = torch.randn(rows["noise"].shape, generator=generator)
+        own = 0.3 * (batch.noise - 0.6 * fresh) + 0.7 * batch.data
+        line = 0.3 * 0.8 * rows["noise"] + 0.7 * rows["data"]
+        assert 0 < heads.sum() < 50
+        torch.testing.assert_close(own, torch.where(heads, line.flip(-1), line))
+
+    def test_real_pictures_are_turned_with_the_pairs(self) -> None:
+        mixed = Mixed(Paired(Rows(30)), Paired(Rows(30, first=5000)), 0.5)
+        annealed = Annealed(mixed, 0.5)
+        batch = annealed.couple(annealed.fetch(range(60)), seeded())
+        assert len(annealed) == 60 and batch.cond["class_labels"].tolist() == numbers(batch)
+        assert not (batch.noise == -batch.data).any()
+
+    @pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
+    def test_beta_is_a_share(self, beta: float) -> None:
+        with pytest.raises(FlowkitError, match=r"beta must lie in \[0, 1\], got"):
+            Annealed(Paired(Rows(4)), beta)
+        annealed = Annealed(Paired(Rows(4)), 0.5)
+        with pytest.raises(FlowkitError, match="beta must lie"):
+            annealed.beta = beta
+        assert annealed.beta == 0.5
+
+
 class TestMixed:
     @pytest.mark.parametrize(
         "first, second, share", [(100, 100, 0.5), (1000, 37, 0.25), (10, 90, 0.1), (7, 3, 0.9)]
@@ -154,11 +225,14 @@ class TestMixed:
     [
         Independent(Rows(40, paired=False), flip=True),
         Paired(Rows(40), flip=True),
+        Annealed(Paired(Rows(40), flip=True), 0.5),
         Mixed(Paired(Rows(40), flip=True), Independent(Rows(9, paired=False), flip=True), 0.5),
     ],
-    ids=["independent", "paired", "mixed"],
+    ids=["independent", "paired", "annealed", "mixed"],
 )
-def test_a_generator_decides_everything(coupling: Independent | Paired | Mixed) -> None:
+def test_a_generator_decides_everything(
+    coupling: Independent | Paired | Annealed | Mixed,
+) -> None:
     assert coupling.shape == SHAPE
     rows = coupling.fetch(range(20, 60) if isinstance(coupling, Mixed) else range(40))
     first, again, other = (coupling.couple(rows, seeded(s)) for s in (1, 1, 2))

@@ -3,70 +3,44 @@
 Step k of a run draws its rows, its noise and its dropout from (seed, k) alone, so a run that is
 killed and resumed ends in the same weights, and so does one on another number of processes that
 has the same micro-batches.
+
+A step is made of turns: one optimizer steps once, over all micro-batches, while the networks of
+all others stand still.  Most methods have one turn, the student's; those with several networks say
+which take theirs at which step.  So accumulation starves no optimizer, and no gradient leaks.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from itertools import islice, tee
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowkit import checkpoint
 from flowkit.coupling import Batch, Coupling
 from flowkit.errors import FlowkitError
+from flowkit.eval.report import write_grid
 from flowkit.noise import derive_seed
 from flowkit.trainers.launch import log_picture
+from flowkit.trainers.learner import Learner, set_dropout
+from flowkit.trainers.method import Loss, Method, Phase, Several, Turn
 from flowkit.trainers.order import Order, read
 from flowkit.trainers.settings import RunOptions, TrainOptions
 from flowkit.velocity import VelocityModel
 
 __all__ = ["Loop", "Loss", "Method", "Phase", "Preempted", "set_dropout"]
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-logger = get_logger(__name__)
-
-
-@dataclass
-class Loss:
-    """A method's answer: the scalar to descend, and scalars to log."""
-
-    value: Tensor
-    logs: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Phase(Protocol):
-    """What a method does by stages, such as a curriculum: it sees every step's mean loss."""
-
-    stage: int
-
-    def update(self, loss: float, /) -> bool: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
-
-
-class Method(Protocol):
-    """What is trained and how.  The loop replaces `model` by its distributed wrapper."""
-
-    model: Any
-    phase: Phase | None
-
-    def loss(self, batch: Batch) -> Loss: ...
+Rows = dict[str, Tensor]
 
 
 class Preempted(SystemExit):
@@ -109,41 +83,22 @@ class Loop:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        self.student: VelocityModel = method.model.to(accelerator.device).train()
-        self._configure_network()
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
-        optimizer = OPTIMIZERS[options.optimizer](
-            self.parameters,
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-        )
-        self.schedule = get_scheduler(
-            SCHEDULES[options.lr_schedule],
-            optimizer,
-            num_warmup_steps=options.warmup_steps,
-            num_training_steps=options.steps,
-        )
-        method.model, self.optimizer = accelerator.prepare(self.student, optimizer)
-        self.ema = EMAModel(self.parameters, decay=options.ema_decay, foreach=True)
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        student = Learner(method.model, options, run, accelerator, averaged=True)
+        self.student: VelocityModel = student.network
+        self.parameters, self.ema = student.parameters, cast(EMAModel, student.ema)
+        self.learners = {"student": student}
+        method.model = student.model
+        for role_name, role in (method.roles if isinstance(method, Several) else {}).items():
+            self.learners[role_name] = Learner(role.model, role.options, run, accelerator)
+            role.model = self.learners[role_name].model
+        self.step = 0
         self.saved_step: int | None = None
         self.seconds_before, self.started = 0.0, time.perf_counter()
 
-    def _configure_network(self) -> None:
-        net, options = self.student.net, self.run_options
-        if self.options.dropout is not None:
-            set_dropout(net, self.options.dropout)
-        if options.gradient_checkpointing:
-            if not getattr(net, "_supports_gradient_checkpointing", False):
-                raise FlowkitError(
-                    f"{type(net).__name__} cannot recompute activations; "
-                    "set gradient_checkpointing=false"
-                )
-            cast(Any, net).enable_gradient_checkpointing()
-        if options.compile:
-            net.compile()
+    @property
+    def skipped(self) -> int:
+        """Steps of any role that were left out because a gradient was not finite."""
+        return sum(learner.skipped for learner in self.learners.values())
 
     @property
     def seconds(self) -> float:
@@ -184,10 +139,10 @@ class Loop:
             unit="step",
             disable=not accelerator.is_main_process,
         )
-        due = False
+        due, logs = False, dict[str, Tensor]()
         with bar:
             while self.step < self.options.steps:
-                logs = self.update(rows)
+                logs |= self.update(rows)  # who had no turn is logged with its last values
                 self.step += 1
                 bar.update()
                 if self.step % run.log_every == 0 or self.step == self.options.steps:
@@ -195,7 +150,7 @@ class Loop:
                 if run.sample_every and self.step % run.sample_every == 0:
                     self._preview()
                 due = due or self.step % run.checkpoint_every == 0
-                if due and not self.skipped_in_a_row:
+                if due and not any(a.skipped_in_a_row for a in self.learners.values()):
                     due = self._save()
                 if self._told_to_stop():
                     self._save()
@@ -205,59 +160,60 @@ class Loop:
                     )
                     raise Preempted
 
-    def update(self, rows: Any) -> dict[str, Tensor]:
-        """One optimizer step over this process's micro-batches."""
+    def update(self, rows: Iterator[Rows]) -> dict[str, Tensor]:
+        """One step: its turns, each over this process's micro-batches."""
+        method, logs = self.method, dict[str, Tensor]()
+        turns = [Turn("student", method.loss)]
+        if isinstance(method, Several):
+            turns = list(method.turns(self.step))
+        copies = tee(islice(rows, len(self.order.micro_batches)), len(turns))
+        for turn, micro_rows in zip(turns, copies, strict=True):
+            prefix = "" if turn.role == "student" else f"{turn.role}_"
+            logs |= {prefix + key: value for key, value in self._take(turn, micro_rows).items()}
+        for learner in self.learners.values():
+            learner.schedule.step()
+        if method.phase is not None and "loss" in logs:
+            method.phase.update(float(self.accelerator.reduce(logs["loss"], "mean")))
+            logs["stage"] = torch.tensor(float(method.phase.stage))
+        return logs
+
+    def _take(self, turn: Turn, rows: Iterable[Rows]) -> dict[str, Tensor]:
+        """A role's optimizer step on its loss, while the other roles stand still."""
         accelerator, micro_batches = self.accelerator, self.order.micro_batches
+        learner = self.learners[turn.role]
+        if len(self.learners) > 1:
+            for each in self.learners.values():
+                each.freeze(each is not learner)
         logs: dict[str, Tensor] = {}
-        for micro in micro_batches:
+        for micro, row in zip(micro_batches, rows, strict=True):
             torch.manual_seed(derive_seed(self.seed, self.step, micro))
             batch = self.coupling.couple(
-                {k: v.to(accelerator.device, non_blocking=True) for k, v in next(rows).items()}
+                {k: v.to(accelerator.device, non_blocking=True) for k, v in row.items()}
             )
             last = micro == micro_batches[-1]
-            with nullcontext() if last else accelerator.no_sync(self.method.model):
-                loss = self.method.loss(batch)
+            with nullcontext() if last else accelerator.no_sync(learner.model):
+                loss = turn.loss(batch)
                 accelerator.backward(loss.value / len(micro_batches))
             for key, value in {"loss": loss.value, **loss.logs}.items():
                 share = value.detach().float() / len(micro_batches)
                 logs[key] = logs[key] + share if key in logs else share
-        accelerator.unscale_gradients(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.options.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.options.max_grad_norm, norm)
-        self._apply(norm)
-        if (phase := self.method.phase) is not None:
-            phase.update(float(accelerator.reduce(logs["loss"], "mean")))
-            logs["stage"] = torch.tensor(float(phase.stage))
-        return {**logs, "grad_norm": norm}
-
-    def _apply(self, norm: Tensor) -> None:
-        """Step the optimizer unless a gradient is not finite (it then is so on every process)."""
-        finite = bool(norm.isfinite())
-        if finite or self.accelerator.scaler is not None:
-            self.optimizer.step()  # a loss scaler skips by itself and lowers its scale
-        if finite:
-            self.ema.step(self.parameters)
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        if self.skipped_in_a_row > self.run_options.max_skipped_steps:
+        logs["grad_norm"] = learner.step()
+        if learner.skipped_in_a_row > self.run_options.max_skipped_steps:
             good = checkpoint.latest(self.folder)
             raise FlowkitError(
-                f"{self.name}: the loss was not finite for {self.skipped_in_a_row} steps in a row, "
-                f"up to step {self.step}; last good checkpoint: {good or 'none'}; "
-                "lower learning_rate or set max_grad_norm"
+                f"{self.name}: the {turn.role}'s loss was not finite for "
+                f"{learner.skipped_in_a_row} steps in a row, up to step {self.step}; "
+                f"last good checkpoint: {good or 'none'}; lower learning_rate or set max_grad_norm"
             )
+        return logs
 
     def _log(self, logs: dict[str, Tensor], bar: tqdm) -> None:
         names = sorted(logs)
         values = torch.stack([logs[name].float().to(self.accelerator.device) for name in names])
         values = self.accelerator.reduce(values, "mean")
         shown = dict(zip(names, values.tolist(), strict=True))
-        shown |= {"lr": self.schedule.get_last_lr()[0], "skipped": self.skipped}
+        lr = self.learners["student"].schedule.get_last_lr()[0]
+        shown |= {"lr": lr, "skipped": self.skipped}
         bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if k in ("loss", "lr")})
         scalars = {f"{self.name}/{key}": value for key, value in shown.items()}
         self.accelerator.log(scalars, step=self.first_step + self.step)
@@ -269,18 +225,28 @@ class Loop:
         self.ema.copy_to(self.parameters)
         self.student.eval()
         with torch.no_grad():
-            picture = self.preview(self.student, self.step)
+            pictures = {"samples": self.preview(self.student, self.step)}
+            if isinstance(self.method, Several):
+                path = self.folder / f"pictures-{self.step:07d}.png"
+                write_grid(path, self.method.pictures(self.student, self._first_rows()))
+                pictures["networks"] = path
         self.student.train()
         self.ema.restore(self.parameters)
-        log_picture(self.accelerator, f"{self.name}/samples", picture, self.first_step + self.step)
+        for title, path in pictures.items():
+            log_picture(self.accelerator, f"{self.name}/{title}", path, self.first_step + self.step)
+
+    def _first_rows(self) -> Batch:
+        """The same rows with the same noise at every call, 64 where there are as many."""
+        torch.manual_seed(self.seed)
+        rows = self.coupling.fetch(range(min(64, len(self.coupling))))
+        return self.coupling.couple({k: v.to(self.accelerator.device) for k, v in rows.items()})
 
     def _save(self) -> bool:
         """Write a checkpoint unless this step has one; returns False: none is due any more."""
         if self.saved_step == self.step:
             return False
         state = {
-            "skipped": self.skipped,
-            "schedule": self.schedule.state_dict(),
+            "roles": {name: learner.state_dict() for name, learner in self.learners.items()},
             "seconds": self.seconds,
             "phase": self.method.phase.state_dict() if self.method.phase else None,
         }
@@ -296,10 +262,15 @@ class Loop:
         if newest is None:
             return
         state = checkpoint.load(newest, self.accelerator, self.ema)
+        if state.get("roles", {}).keys() != self.learners.keys():
+            raise FlowkitError(
+                f"{newest} holds the roles {', '.join(state.get('roles', {})) or 'of old'}, "
+                f"this method trains {', '.join(self.learners)}; use another output_dir"
+            )
         self.step = self.saved_step = state["step"]
-        self.skipped = state["skipped"]
         self.seconds_before = state["seconds"]
-        self.schedule.load_state_dict(state["schedule"])
+        for name, learner in self.learners.items():
+            learner.load_state_dict(state["roles"][name])
         if self.method.phase is not None:
             self.method.phase.load_state_dict(state["phase"])
         self.accelerator.print(f"{self.name}: resuming at step {self.step} from {newest}")
@@ -326,12 +297,3 @@ class Loop:
             f"  Total train batch size (parallel, accumulated) = {options.batch_size}\n"
             f"  Total optimization steps = {options.steps:,}"
         )
-
-
-def set_dropout(model: nn.Module, rate: float) -> None:
-    """Set the rate of every dropout layer; raises when there is none to set."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    if not layers and rate > 0:
-        raise FlowkitError(f"dropout={rate} was asked for, but the network has no dropout layer")
-    for layer in layers:
-        layer.p = rate

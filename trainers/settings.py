@@ -16,6 +16,7 @@ __all__ = [
     "FlowConfig",
     "NetOptions",
     "PairOptions",
+    "PictureOptions",
     "ReflowConfig",
     "RunOptions",
     "TrainOptions",
@@ -143,14 +144,20 @@ class RunOptions:
 
 
 @dataclass
-class FlowConfig(RunOptions):
+class PictureOptions(RunOptions):
+    """What every trainer takes that makes pictures and measures them."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+
+
+@dataclass
+class FlowConfig(PictureOptions):
     """Options of trainers/flow.py."""
 
     output_dir: str = option("runs/flow", "everything is written here; the same folder resumes")
-    data: DataOptions = field(default_factory=DataOptions)
     net: NetOptions = field(default_factory=NetOptions)
     training: TrainOptions = field(default_factory=TrainOptions)
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
 
 def _reflow_training() -> TrainOptions:
@@ -169,11 +176,10 @@ def _distillation() -> TrainOptions:
 
 
 @dataclass
-class ReflowConfig(RunOptions):
+class ReflowConfig(PictureOptions):
     """Options of trainers/reflow.py."""
 
     output_dir: str = option("runs/reflow", "everything is written here; the same folder resumes")
-    data: DataOptions = field(default_factory=DataOptions)
     teacher: str = option("train", "train: train one first; else a folder or hub id of a model")
     net: NetOptions = field(default_factory=NetOptions)
     teacher_training: TrainOptions = field(default_factory=TrainOptions)
@@ -187,4 +193,3 @@ class ReflowConfig(RunOptions):
     control: bool = option(
         True, "also train the teacher on for as long as the student, for a fair comparison"
     )
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)

@@ -1,24 +1,22 @@
-"""What the trainers are made of: opening a run, building its network, one stage of training."""
+"""What the trainers are made of: opening a run, and one stage of training."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import hashlib
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowkit import checkpoint, config
-from flowkit.adapters import FlowVelocity, from_diffusers
+from flowkit.adapters import from_diffusers
 from flowkit.coupling import Coupling, Independent
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
@@ -30,67 +28,23 @@ from flowkit.noise import derive_seed, keyed_noise
 from flowkit.samplers import grids, sample
 from flowkit.samplers.timesteps import density
 from flowkit.schema import leaves
+from flowkit.trainers.building import build_model, checked
+from flowkit.trainers.costs import memory
 from flowkit.trainers.launch import make_accelerator
-from flowkit.trainers.loop import Loop
+from flowkit.trainers.loop import Loop, Method
 from flowkit.trainers.matching import FlowMatching
 from flowkit.trainers.order import Order
 from flowkit.trainers.pairing import conditioned, keyed_labels
-from flowkit.trainers.settings import FlowConfig, NetOptions, ReflowConfig, TrainOptions
+from flowkit.trainers.settings import NetOptions, PictureOptions, TrainOptions
 from flowkit.velocity import VelocityModel
 
-__all__ = ["Run", "build_model"]
-
-T = TypeVar("T")
+__all__ = ["Run"]
 
 # Options that do not change what a run computes: a resumed run may be given others.
 MAY_CHANGE = {
     *("output_dir", "num_workers", "checkpoint_every", "keep_checkpoints", "sample_every"),
     *("log_every", "max_skipped_steps", "report_to", "push_to_hub", "evaluate"),
 }
-# Network time of each net that can be trained from scratch, for flowkit's t in [0, 1]:
-# NCSN++ as in gnobitab/RectifiedFlow, UNet2DModel as its own timesteps.
-TIME_SCALES = {"mlp": 1.0, "dit": 1.0, "ncsnpp": 999.0, "adm": 999.0, "unet2d": 1000.0}
-
-
-def build_model(net: NetOptions, shape: Sequence[int], num_classes: int | None) -> VelocityModel:
-    """A new network of that name for pictures of `shape` (C, H, W), as a velocity."""
-    from diffusers import UNet2DModel
-
-    from flowkit.nets.adm import ADM
-    from flowkit.nets.dit import DiT
-    from flowkit.nets.mlp import MLP
-    from flowkit.nets.ncsnpp import NCSNpp
-
-    channels, height, width = shape
-    square = {"sample_size": height, "in_channels": channels, "out_channels": channels}
-    known: dict[str, tuple[Any, dict[str, Any]]] = {
-        "mlp": (MLP, {"shape": list(shape), "num_classes": num_classes}),
-        "dit": (DiT, {**square, "num_classes": num_classes}),
-        "ncsnpp": (NCSNpp, {**square, "num_classes": num_classes}),
-        "adm": (ADM, {**square, "num_classes": num_classes}),
-        "unet2d": (UNet2DModel, {**square, "num_class_embeds": num_classes}),
-    }
-    if net.name not in known:
-        raise FlowkitError(f"unknown net {net.name!r}; choose one of {', '.join(known)}")
-    if net.name != "mlp" and height != width:
-        raise FlowkitError(f"{net.name} takes square pictures, got {height}x{width}; set data.size")
-    build, given = known[net.name]
-    for name in net.options:
-        names = inspect.signature(build).parameters
-        if name not in names:
-            close = get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
-            raise FlowkitError(f"net {net.name!r} has no option {name!r}; {hint}")
-    network = _checked("net.options", build, {**given, **net.options})
-    return FlowVelocity(network, time_scale=TIME_SCALES[net.name])
-
-
-def _checked(option: str, build: Callable[..., T], options: dict[str, Any]) -> T:
-    """build(**options), where an option of the wrong type is the user's mistake, not ours."""
-    try:
-        return build(**options)
-    except (TypeError, ValueError) as error:
-        raise FlowkitError(f"{option}: {error}") from None
 
 
 def _scalar(value: Any) -> bool | int | float | str:
@@ -104,9 +58,7 @@ class Run:
     configuration or none, the pictures, losses and densities exist.
     """
 
-    def __init__(
-        self, options: FlowConfig | ReflowConfig, trainings: Sequence[TrainOptions]
-    ) -> None:
+    def __init__(self, options: PictureOptions, trainings: Sequence[TrainOptions]) -> None:
         self.options = options
         self.folder = Path(options.output_dir)
         self._check_folder()
@@ -123,8 +75,8 @@ class Run:
                 "a mirrored latent is not that of a mirrored picture; data.flip=false"
             )
         for training in trainings:
-            _checked("times", density, training.times)
-            _checked("loss", premetric, training.loss)
+            checked("times", density, training.times)
+            checked("loss", premetric, training.loss)
         self.accelerator = make_accelerator(options)
         world = self.accelerator.num_processes
         for training in trainings:
@@ -194,17 +146,28 @@ class Run:
         return Independent(self.data, flip=self.options.data.flip, labels=labels)
 
     def train(
-        self, name: str, model: VelocityModel, coupling: Coupling, training: TrainOptions
+        self,
+        name: str,
+        model: VelocityModel,
+        coupling: Coupling,
+        training: TrainOptions,
+        *,
+        method: Callable[..., Method] = FlowMatching,
     ) -> VelocityModel:
-        """Train a copy of `model` to the end and export it to folder/name, unless it is there."""
+        """Train a copy of `model` to the end and export it to folder/name, unless it is there.
+
+        stages/name keeps what it took, in seconds.json and memory.json.
+        method: what is built of the copy, the density of t and the premetric.
+        """
         if not self.exported(name):
-            method = FlowMatching(
-                copy.deepcopy(model).requires_grad_(True),
-                density(**training.times),
-                premetric(**training.loss).to(self.accelerator.device),
-            )
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.accelerator.device)
             loop = Loop(
-                method,
+                method(
+                    copy.deepcopy(model).requires_grad_(True),
+                    density(**training.times),
+                    premetric(**training.loss).to(self.accelerator.device),
+                ),
                 coupling,
                 training,
                 self.options,
@@ -217,6 +180,7 @@ class Run:
             trained = loop.run()
             if self.accelerator.is_main_process:
                 self.record_seconds(name, loop.seconds)
+                write_json(self.folder / "stages" / name / "memory.json", memory(loop))
                 self.export(name, trained)
             self.accelerator.free_memory()
             self.accelerator.wait_for_everyone()
