@@ -125,7 +125,7 @@ class WayBack:
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on where it stood; raises FlowkitError for another schedule or another path."""
-        if (state["every"], state["path"]) != (self.every, self.path.nodes):
+        if (state.get("every"), state.get("path")) != (self.every, self.path.nodes):
             raise FlowkitError(
                 f"the checkpoint was on the way back along another path than {self.path.folder}, "
                 "or with another path.switch_every; use another output_dir"

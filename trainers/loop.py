@@ -272,6 +272,11 @@ class Loop:
                 f"{newest} holds the roles {', '.join(state.get('roles', {})) or 'of old'}, "
                 f"this method trains {', '.join(self.learners)}; use another output_dir"
             )
+        if (state["phase"] is None) != (self.method.phase is None):
+            raise FlowkitError(
+                f"{newest} was saved by a method {'without' if self.method.phase else 'with'} "
+                "phases, this one is not such; use another output_dir"
+            )
         self.step = self.saved_step = state["step"]
         self.seconds_before = state["seconds"]
         for name, learner in self.learners.items():
