@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_distillation import method
 from torch import Tensor, nn
 
 from flowkit.checkpoint import export_model
 from flowkit.config import parse
 from flowkit.coupling import Independent
+from flowkit.data import load_data
 from flowkit.errors import FlowkitError
 from flowkit.flow_adapters import FlowVelocity
 from flowkit.nets.mlp import MLP
@@ -71,13 +73,13 @@ def test_the_recorded_means_go_from_the_teacher_to_the_student(tmp_path: Path) -
         FlowVelocity(GaussianNet(2.0, 0.0)),
         FlowVelocity(Affine()),
         path,
-        every=40,
+        every=20,
         start=0.0,
         times=density("uniform"),
         options=CriticOptions(),
     )
     training = TrainOptions(
-        steps=320, batch_size=256, learning_rate=0.05, warmup_steps=0, lr_schedule="linear"
+        steps=160, batch_size=128, learning_rate=0.1, warmup_steps=0, lr_schedule="linear"
     )
     run = RunOptions(sample_every=0)
     Loop(
@@ -202,6 +204,21 @@ class TestWayBack:
         assert (resumed.stage, resumed.updates) == (whole.stage, updates)
         for name, value in whole.target.state_dict().items():
             assert torch.equal(resumed.target.state_dict()[name], value)
+
+    def test_a_checkpoint_without_a_way_back_is_refused(self, tmp_path: Path) -> None:
+        training = TrainOptions(steps=2, batch_size=8, warmup_steps=0)
+        run = RunOptions(sample_every=0, checkpoint_every=1)
+        for phase in (None, WayBack(_mlp(0), _path(tmp_path / "path", 2), every=1)):
+            built = method(training=training)
+            built.phase = phase
+            loop = Loop(
+                built, Independent(load_data("digits"), labels=False), training, run,
+                folder=tmp_path / "loop", accelerator=make_accelerator(run), name="student",
+            )  # fmt: skip
+            if phase is None:
+                loop.run()
+        with pytest.raises(FlowkitError, match="saved by a method without phases"):
+            loop.run()
 
     def test_another_path_or_schedule_is_refused(self, tmp_path: Path) -> None:
         state = WayBack(_mlp(0), _path(tmp_path / "a", 3), every=3).state_dict()
