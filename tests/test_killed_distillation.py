@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 TRAINERS = Path(__file__).resolve().parent.parent / "trainers"
 SMALL = [
     *("net.options.width=16", "net.options.num_blocks=1", "teacher_training.steps=8"),
-    *("teacher_training.batch_size=64", "student_training.steps=12"),
+    *("teacher_training.batch_size=64", "teacher_training.micro_batch_size=32"),
+    "student_training.steps=12",
     *("student_training.batch_size=64", "student_training.micro_batch_size=32"),
     *("student_training.warmup_steps=2", "matching.student_every=2", "matching.divergence=kl"),
     *("matching.student_times=[0,0.5]", "sample_every=4", "log_every=1", "checkpoint_every=3"),
