@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_distillation import method
 from torch import Tensor, nn
 
 from flowkit.checkpoint import export_model
 from flowkit.config import parse
 from flowkit.coupling import Independent
-from flowkit.data import load_data
 from flowkit.errors import FlowkitError
 from flowkit.flow_adapters import FlowVelocity
 from flowkit.nets.mlp import MLP
@@ -204,21 +202,6 @@ class TestWayBack:
         assert (resumed.stage, resumed.updates) == (whole.stage, updates)
         for name, value in whole.target.state_dict().items():
             assert torch.equal(resumed.target.state_dict()[name], value)
-
-    def test_a_checkpoint_without_a_way_back_is_refused(self, tmp_path: Path) -> None:
-        training = TrainOptions(steps=2, batch_size=8, warmup_steps=0)
-        run = RunOptions(sample_every=0, checkpoint_every=1)
-        for phase in (None, WayBack(_mlp(0), _path(tmp_path / "path", 2), every=1)):
-            built = method(training=training)
-            built.phase = phase
-            loop = Loop(
-                built, Independent(load_data("digits"), labels=False), training, run,
-                folder=tmp_path / "loop", accelerator=make_accelerator(run), name="student",
-            )  # fmt: skip
-            if phase is None:
-                loop.run()
-        with pytest.raises(FlowkitError, match="saved by a method without phases"):
-            loop.run()
 
     def test_another_path_or_schedule_is_refused(self, tmp_path: Path) -> None:
         state = WayBack(_mlp(0), _path(tmp_path / "a", 3), every=3).state_dict()

@@ -15,6 +15,7 @@ from flowkit import checkpoint
 from flowkit.coupling import Independent
 from flowkit.data import load_data
 from flowkit.errors import FlowkitError
+from flowkit.samplers.timesteps import density
 from flowkit.trainers.dmd_settings import MatchingOptions
 from flowkit.trainers.launch import make_accelerator
 from flowkit.trainers.loop import Loop, Preempted
@@ -135,4 +136,11 @@ class TestLoop:
             folder=tmp_path, accelerator=make_accelerator(run), name="dmd",
         )  # fmt: skip
         with pytest.raises(FlowkitError, match="checkpoint-14 does not fit this network"):
+            loop.run()
+
+    def test_a_checkpoint_of_a_method_without_phases_is_named(self, tmp_path: Path) -> None:
+        _loop(tmp_path, checkpoint_every=7).run()
+        loop = _loop(tmp_path)
+        loop.method.phase = density("curriculum", num_stages=2)
+        with pytest.raises(FlowkitError, match="saved by a method without phases"):
             loop.run()
