@@ -22,13 +22,14 @@ from flowkit.eval.feature_pass import (
 from flowkit.eval.features import load_extractor
 from flowkit.eval.fid_records import Result, write_results
 from flowkit.eval.metric_table import check_metrics, measure, needs_rows, parts_of
+from flowkit.eval.model_parts import own_sampler
 from flowkit.eval.model_pass import ModelPass
 from flowkit.eval.model_source import ModelSource
 from flowkit.eval.records import Record
 from flowkit.eval.reference_check import check_reference
 from flowkit.eval.reference_files import Reference, is_statistics, read_statistics
 from flowkit.eval.resize import exact_float32
-from flowkit.eval.sampling_plan import Plan, sampling_plans
+from flowkit.eval.sampling_plan import OWN, Plan, sampling_plans
 from flowkit.eval.settings import FidConfig
 from flowkit.eval.sources import open_pictures, picked
 from flowkit.eval.streaming import FeatureSet, chunk_ranges
@@ -107,6 +108,11 @@ class FidRun:
         options = self.options
         source = ModelSource(options, self.device)
         plans = sampling_plans(options, source.start)
+        if options.solver != OWN and (own := own_sampler(str(options.model))):
+            self.accelerator.print(
+                f"{options.model} was trained for its own sampler, {own[0]} at "
+                f"{', '.join(f'{t:g}' for t in own[1])}: solver=own nfe=null measures that"
+            )
         model = ModelPass(source, plans, self.extractor, self.parts, self.folder, self.accelerator)
         lengths = model.check()
         main_only(self.accelerator, lambda: self._own_folder(model))

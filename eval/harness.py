@@ -16,10 +16,12 @@ from flowkit.errors import FlowkitError
 from flowkit.eval.features import Extractor
 from flowkit.eval.frechet import Frechet, FrechetMoments, frechet_parts
 from flowkit.eval.picture_rules import digests_of, pictures_sha256
-from flowkit.noise import keyed_noise
+from flowkit.noise import derive_seed, keyed_noise
 from flowkit.pictures import to_uint8
 from flowkit.samplers import sample
+from flowkit.samplers.evaluations import per_sample
 from flowkit.samplers.grids import from_start
+from flowkit.samplers.solve import STOCHASTIC
 from flowkit.velocity import Velocity
 
 __all__ = ["FewSteps", "MeasuredPictures", "few_step_distances", "picture_moments"]
@@ -46,11 +48,12 @@ class MeasuredPictures:
 
 @dataclass(frozen=True)
 class FewSteps:
-    """What a number of Euler steps gives.  samples_sha256: of all pictures' levels."""
+    """What a number of steps of a solver gives.  samples_sha256: of all pictures' levels."""
 
     steps: int
     distance: Frechet
     samples_sha256: str
+    solver: str = "euler"
 
 
 def picture_moments(data: Any, extractor: Extractor, *, chunk_size: int = 500) -> MeasuredPictures:
@@ -76,6 +79,7 @@ def few_step_distances(
     chunk_size: int = 500,
     device: torch.device | str = "cpu",
     decode: Callable[[Tensor], Tensor] | None = None,
+    own: tuple[str, Sequence[float]] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[FewSteps]:
     """Fréchet distance to `reference` of the pictures that each number of Euler steps makes.
@@ -83,29 +87,34 @@ def few_step_distances(
     velocity_of: the flow for the samples of a range of indices, their conditioning fixed.
     shape: of one sample.  start: the time to start at, from (1 - start) * noise.
     decode: latents to pictures.  progress: told how many samples were made.
+    own: a solver and its times, measured after Euler's steps.
     Sample i's noise is keyed_noise(seed, [i], shape); chunks have a fixed size, so the numbers do
-    not depend on what else is running.  Returns one result per entry of nfe.
+    not depend on what else is running.  Returns one result per entry of nfe, and one for `own`.
     FlowkitError: nothing to measure, or pictures that are not finite.
     """
     if num_samples < 2 or min(nfe, default=0) < 1:
         raise FlowkitError(f"need 2 samples and 1 step or more, got {num_samples} and nfe={nfe}")
-    measured = [MeasuredPictures(extractor) for _ in nfe]
+    plans: list[tuple[str, Sequence[float]]] = [("euler", from_start(start, n)) for n in nfe]
+    plans += [] if own is None else [own]
+    measured = [MeasuredPictures(extractor) for _ in plans]
     for first in range(0, num_samples, chunk_size):
         indices = range(first, min(first + chunk_size, num_samples))
         velocity = velocity_of(indices)
-        noise = (1 - start) * keyed_noise(seed, indices, shape).to(device)
-        for steps, seen in zip(nfe, measured, strict=True):
-            x = sample(velocity, noise, from_start(start, steps), solver="euler").x
+        noise = keyed_noise(seed, indices, shape).to(device)
+        draw = per_sample(derive_seed(seed, "draw"), indices)
+        for (solver, times), seen in zip(plans, measured, strict=True):
+            options: dict[str, Any] = {"draw": draw} if solver in STOCHASTIC else {}
+            x = sample(velocity, (1 - times[0]) * noise, times, solver, **options).x
             pictures = x if decode is None else decode(x)
             if not pictures.isfinite().all():
                 raise FlowkitError(
-                    f"the flow makes pictures that are not finite in {steps} steps "
+                    f"the flow makes pictures that are not finite in {len(times) - 1} steps "
                     f"(samples {indices.start} to {indices.stop - 1}); check the model's weights"
                 )
             seen.update(pictures)
             if progress is not None:
                 progress(len(indices))
     return [
-        FewSteps(steps, frechet_parts(seen.moments, reference), seen.sha256)
-        for steps, seen in zip(nfe, measured, strict=True)
+        FewSteps(len(times) - 1, frechet_parts(seen.moments, reference), seen.sha256, solver)
+        for (solver, times), seen in zip(plans, measured, strict=True)
     ]

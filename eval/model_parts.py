@@ -15,7 +15,7 @@ from flowkit.eval.settings import FidConfig
 from flowkit.files import read_json
 from flowkit.latents import Latents, decode_latents, load_vae
 
-__all__ = ["Parts", "model_parts", "null_class"]
+__all__ = ["Parts", "model_parts", "null_class", "own_sampler"]
 
 _AT_ONCE = 32  # latents that are decoded together: a VAE needs far more memory than a flow
 _PROMPTED = ("cross_attention_dim", "joint_attention_dim", "caption_channels")
@@ -62,6 +62,12 @@ def null_class(model: Any) -> int:
             "train it with net.options.label_dropout=0.1"
         )
     return int(count)
+
+
+def own_sampler(name: str) -> tuple[str, list[float]] | None:
+    """The solver and the times that a model was trained to be sampled with, where it says so."""
+    told = _json(name, "flowkit.json").get("sampler")
+    return (str(told["solver"]), [float(t) for t in told["times"]]) if told else None
 
 
 def _json(name: str, file: str) -> dict[str, Any]:

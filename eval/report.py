@@ -74,12 +74,34 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
     ]
     for name in named:
         values = " | ".join(f"{value:.4g}" for value in summary[name]["fd"])
-        label = MODELS[name].format(rounds=summary.get("rounds", 1) + 1)
+        label = summary.get("labels", {}).get(name) or MODELS[name]
+        label = label.format(rounds=summary.get("rounds", 1) + 1)
         lines.append(f"| {label} | {values} | {summary[name]['straightness']:.3g} |")
     lines += ["", *_readings(summary), ""]
     seconds = summary.get("seconds", {})
     lines.append("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    lines += [_cost(stage, cost) for stage, cost in summary.get("cost", {}).items()]
     return "\n".join(lines) + "\n"
+
+
+def _cost(stage: str, cost: Mapping[str, Any]) -> str:
+    """A stage's passes and memory in a line.  cost: of flowkit.trainers.cost."""
+    alone = len(cost["forward"]) == 1  # a network of one name only: the stage says it
+    passes = ", ".join(
+        f"{'' if alone else role + ' '}{count:,} ({cost['backward'][role]:,})"
+        for role, count in cost["forward"].items()
+    )
+    held = ", ".join(f"{role} {_mib(size)}" for role, size in cost["memory"].items() if not alone)
+    peak = f", at most {_mib(cost['peak_memory'])} in use" if cost["peak_memory"] else ""
+    return (
+        f"\nCost of {stage}, samples forward (of these backward): {passes}. Memory of weights, "
+        f"gradients, optimizers and averages: {held}{', together ' * (not alone)}"
+        f"{_mib(sum(cost['memory'].values()))}{peak}."
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _straighter(summary: Mapping[str, Any]) -> str:
@@ -92,11 +114,14 @@ def _readings(summary: Mapping[str, Any]) -> list[str]:
     if not {"teacher", "student"} <= summary.keys():
         return []
     nfe, teacher, student = summary["nfe"], summary["teacher"], summary["student"]
+    if own := student.get("own"):
+        return [_own_reading(summary, own)]
     first, last = student["fd"][0] / teacher["fd"][0], student["fd"][-1] / teacher["fd"][-1]
     verdict = f"{last - 1:.0%} worse" if last > 1 else f"{1 - last:.0%} better"
+    method = str(summary.get("method", "reflow")).split(" (")[0]
     lines = [
-        f"Reflow takes the distance at {nfe[0]} NFE to {first:.3f} of the teacher's"
-        f"{_straighter(summary)}.",
+        f"{method[0].upper() + method[1:]} takes the distance at {nfe[0]} NFE to {first:.3f} of "
+        f"the teacher's{_straighter(summary)}.",
         f"What it costs: at {nfe[-1]} NFE the student is {verdict} than its teacher.",
     ]
     if "distilled" in summary:
@@ -105,3 +130,16 @@ def _readings(summary: Mapping[str, Any]) -> list[str]:
             f"Distillation takes the {nfe[0]}-step distance to {ratio:.2f} of the student's."
         )
     return lines
+
+
+def _own_reading(summary: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """What a student gives by the sampler it was trained for, against its teacher."""
+    nfe, values = summary["nfe"], summary["teacher"]["fd"]
+    count = len(own["times"]) - 1
+    how = f"its {count} steps ({own['solver']})" if count > 1 else "its one step"
+    best = min(range(len(nfe)), key=lambda k: values[k])
+    return (
+        f"The student's distance by {how} is {own['fd']:.4g}: {own['fd'] / values[0]:.3f} of the "
+        f"teacher's at {nfe[0]} NFE, {own['fd'] / values[best]:.2f} of its best here, at "
+        f"{nfe[best]} NFE."
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowkit.errors import FlowkitError
+from flowkit.eval.model_parts import own_sampler
 from flowkit.eval.settings import FidConfig
 from flowkit.registry import check_options, look_up
 from flowkit.samplers import grids
@@ -16,6 +17,7 @@ from flowkit.samplers.solve import evaluation_times, find_solver, is_adaptive
 
 __all__ = ["Plan", "sampling_plans", "times_of"]
 
+OWN = "own"  # the solver and the times that the model's folder names
 GRIDS: dict[str, Callable[..., list[float]]] = {
     "power": grids.power,
     "uniform": grids.uniform,
@@ -57,6 +59,8 @@ def sampling_plans(options: FidConfig, start: float = 0.0) -> list[Plan]:
     start: the model's noisiest time.  FlowkitError: no such solver, grid or option; a number of
     evaluations that the solver cannot spend; one given to a solver that chooses it itself.
     """
+    if options.solver == OWN:
+        return [_own(options)]
     if options.solver.endswith(".json"):
         return [_searched(options, start)]
     solver = find_solver(options.solver, options.solver_options)
@@ -118,6 +122,26 @@ def _spending(nfe: int, options: FidConfig, start: float) -> list[float]:
             f"{' and '.join(map(str, near))}"
         )
     return times_of(options.grid, low, start)
+
+
+def _own(options: FidConfig) -> Plan:
+    """The sampler that the model's folder names."""
+    found = own_sampler(str(options.model))
+    if found is None:
+        raise FlowkitError(
+            f"{options.model} names no sampler of its own; say a solver, such as solver=abm"
+        )
+    if options.solver_options:
+        raise FlowkitError("solver=own takes no options; leave solver_options out")
+    solver, times = found
+    nfe = len(evaluation_times(solver, times))
+    if options.nfe is not None and options.nfe != [nfe]:
+        raise FlowkitError(
+            f"the sampler of {options.model} takes {nfe} evaluations, got nfe={options.nfe}; "
+            "say nfe=null"
+        )
+    grid = json.dumps({"name": OWN, "times": times}, separators=(",", ":"))
+    return Plan(f"nfe-{nfe:04d}", solver, times, grid, nfe)
 
 
 def _searched(options: FidConfig, start: float) -> Plan:

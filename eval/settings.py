@@ -93,7 +93,11 @@ class FidConfig:
     nfe: list[int] | None = option(
         [1, 2, 4, 8], "evaluations of the velocity, each a record; null: adaptive solver", low=1
     )
-    solver: str = option("abm", "any solver of flowkit.samplers, or a searched schedule.json")
+    solver: str = option(
+        "abm",
+        "any solver of flowkit.samplers, a searched schedule.json, or own: the solver and times "
+        "that the model's folder names (with nfe=null)",
+    )
     solver_options: dict[str, Any] = option({}, "its options")
     grid: dict[str, Any] = option(
         {"name": "power", "exponent": 1.5},

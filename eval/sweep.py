@@ -159,8 +159,8 @@ def _possible(options: FidConfig, wanted: Sequence[int]) -> tuple[list[int] | No
     from flowkit.eval.sampling_plan import sampling_plans
     from flowkit.samplers.solve import find_solver, is_adaptive
 
-    searched = options.solver.endswith(".json")
-    if searched or is_adaptive(find_solver(options.solver, options.solver_options)):
+    fixed = options.solver == "own" or options.solver.endswith(".json")
+    if fixed or is_adaptive(find_solver(options.solver, options.solver_options)):
         return None, []
     kept, reasons = [], []
     for nfe in dict.fromkeys(wanted):

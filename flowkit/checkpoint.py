@@ -177,16 +177,20 @@ def model_card(folder: str | Path, method: str, data: str, summary: str) -> str:
     tags = ["flow-matching", "rectified-flow", "few-step", f"{kind}-image-generation"]
     header = ModelCardData(library_name="flowkit", license="apache-2.0", tags=tags).to_yaml()
     bound = "bind(velocity, class_labels=torch.arange(16) % 10)" if labels else "velocity"
+    imports = "import torch\n\n" * labels
+    grid, solver, grids = "grids.uniform(1)", "", "grids, "
+    if sampler := record.get("sampler"):
+        grid, solver, grids = str(sampler["times"]), f', solver="{sampler["solver"]}"', ""
     made = "normalised latents, see flowkit.latents" if latents else "in [-1, 1]"
     return (
         f"---\n{header}\n---\n\n# {method}\n\nTrained on {data} with flowkit.\n\n"
-        "```python\n"
+        f"```python\n{imports}"
         "from flowkit.adapters import from_diffusers\n"
         "from flowkit.noise import keyed_noise\n"
-        "from flowkit.samplers import grids, sample\n"
+        f"from flowkit.samplers import {grids}sample\n"
         f"{'from flowkit.velocity import bind' * labels}\n\n"
         'velocity = from_diffusers("this/repository")\n'
         f"noise = keyed_noise(seed=0, indices=range(16), shape={tuple(record['shape'])})\n"
-        f"x = sample({bound}, noise, grids.uniform(1)).x  # {made}\n"
+        f"x = sample({bound}, noise, {grid}{solver}).x  # {made}\n"
         f"```\n\n{summary}"
     )

@@ -54,4 +54,5 @@ def method(
         matching=matching or MatchingOptions(),
         critic_options=critic or CriticOptions(),
         gan=gan,
+        frozen={"teacher": teacher},
     )

@@ -71,13 +71,13 @@ def test_the_recorded_means_go_from_the_teacher_to_the_student(tmp_path: Path) -
         FlowVelocity(GaussianNet(2.0, 0.0)),
         FlowVelocity(Affine()),
         path,
-        every=40,
+        every=20,
         start=0.0,
         times=density("uniform"),
         options=CriticOptions(),
     )
     training = TrainOptions(
-        steps=320, batch_size=256, learning_rate=0.05, warmup_steps=0, lr_schedule="linear"
+        steps=160, batch_size=128, learning_rate=0.1, warmup_steps=0, lr_schedule="linear"
     )
     run = RunOptions(sample_every=0)
     Loop(

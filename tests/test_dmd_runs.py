@@ -1,111 +1,31 @@
-"""Distribution matching in the loop: restarts, processes, whole runs, what is refused."""
+"""Distribution matching from end to end: whole runs, what they export, what is refused."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from small_distillation import NO_GAN, draw, method, mlp
+from small_distillation import draw, mlp
 from torch import Tensor
 
-from flowkit import checkpoint
 from flowkit.adapters import from_diffusers
 from flowkit.checkpoint import export_model
 from flowkit.config import parse
-from flowkit.coupling import Independent
-from flowkit.data import load_data
 from flowkit.errors import FlowkitError
+from flowkit.eval import fid
+from flowkit.eval.sampling_plan import sampling_plans
+from flowkit.eval.settings import FidConfig
+from flowkit.nets.mlp import MLP
 from flowkit.samplers import FlowScheduler, sample
 from flowkit.trainers.distilling import distil
-from flowkit.trainers.dmd_settings import CriticOptions, DMDConfig, MatchingOptions
-from flowkit.trainers.launch import make_accelerator
-from flowkit.trainers.loop import Loop, Preempted
-from flowkit.trainers.settings import RunOptions, TrainOptions
+from flowkit.trainers.dmd_settings import CriticOptions, DMDConfig
 from flowkit.velocity import VelocityModel
-
-SCRIPT = Path(__file__).resolve().parent.parent / "trainers" / "dmd.py"
-
-
-def _loop(folder: Path, *, micro: int | None = None, **options: Any) -> Loop:
-    run = RunOptions(**{"sample_every": 0, "checkpoint_every": 100, **options})
-    training = TrainOptions(steps=14, batch_size=32, micro_batch_size=micro, warmup_steps=4)
-    built = method(
-        matching=MatchingOptions(student_every=3, divergence="kl", num_bins=2), training=training
-    )
-    data = Independent(load_data("digits"), labels=False)
-    accelerator = make_accelerator(run)
-    return Loop(built, data, training, run, folder=folder, accelerator=accelerator, name="dmd")
-
-
-def _weights(loop: Loop) -> list[Tensor]:
-    parameters = [p for learner in loop.learners.values() for p in learner.parameters]
-    return [p.detach().clone() for p in (*parameters, *loop.ema.shadow_params)]
-
-
-class TestLoop:
-    # 7: the student has just learnt; 8 and 9: the critic alone; 5 and 12: other phases of both
-    @pytest.mark.parametrize("stop", [5, 7, 8, 9])
-    def test_stopped_in_any_phase_it_ends_in_the_same_bits(self, tmp_path: Path, stop: int) -> None:
-        whole = _loop(tmp_path / "whole")
-        whole.run()
-        half = _loop(tmp_path / "halves")
-        update = half.update
-
-        def then_stop(rows: Any) -> Any:
-            logs = update(rows)
-            half.terminating = half.step + 1 == stop
-            return logs
-
-        half.update = then_stop
-        with pytest.raises(Preempted):
-            half.run()
-        assert checkpoint.latest(tmp_path / "halves").name == f"checkpoint-{stop}"
-        rest = _loop(tmp_path / "halves")
-        rest.run()
-        assert all(map(torch.equal, _weights(whole), _weights(rest)))
-
-    def test_each_role_takes_its_own_number_of_steps(self, tmp_path: Path) -> None:
-        loop = _loop(tmp_path, micro=8)  # four micro-batches: accumulation starves nobody
-        loop.run()
-        steps = {
-            name: {int(s["step"]) for s in learner.optimizer.state.values()}
-            for name, learner in loop.learners.items()
-        }
-        assert steps == {"student": {5}, "critic": {14}}
-        assert loop.ema.optimization_step == 5
-
-    def test_a_role_that_stands_still_does_not_move(self, tmp_path: Path) -> None:
-        loop = _loop(tmp_path)
-        before = [p.clone() for p in loop.parameters]
-        critic = [p.clone() for p in loop.learners["critic"].parameters]
-        for loop.step in (1, 2):  # the critic's steps; the rate of the first is 0
-            rows = map(loop.coupling.fetch, [loop.order.indices(loop.step, 0)])
-            assert "loss" not in loop.update(rows)
-        assert all(map(torch.equal, before, loop.parameters))
-        assert not any(map(torch.equal, critic, loop.learners["critic"].parameters))
-        assert all(p.grad is None for p in loop.parameters)
-
-    def test_a_checkpoint_of_another_method_is_named(self, tmp_path: Path) -> None:
-        _loop(tmp_path, checkpoint_every=7).run()
-        run = RunOptions(sample_every=0)
-        training = TrainOptions(steps=20, batch_size=32)
-        built = method(gan=NO_GAN, training=training)
-        data = Independent(load_data("digits"), labels=False)
-        loop = Loop(
-            built, data, training, run,
-            folder=tmp_path, accelerator=make_accelerator(run), name="dmd",
-        )  # fmt: skip
-        with pytest.raises(FlowkitError, match="checkpoint-14 does not fit this network"):
-            loop.run()
-
 
 SMALL = [
     *("student_training.steps=8", "student_training.batch_size=64", "matching.student_every=3"),
@@ -138,6 +58,18 @@ def test_a_run_from_end_to_end(teacher: Path, tmp_path: Path) -> None:
     distil(config)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"teacher", "student"} <= summary.keys()
+    own = summary["student"]["own"]
+    assert (own["solver"], own["times"]) == ("consistency", [0, 0.5, 1]) and own["fd"] > 0
+    page = (tmp_path / "summary.md").read_text()
+    assert "| student (f-distill (js)) |" in page and "by its 2 steps (consistency)" in page
+    assert "| teacher |" in page and "RF" not in page and "Reflow" not in page
+    assert {"teacher", "student", "critic"} == summary["cost"]["student"]["forward"].keys()
+    names = {path.name.rsplit("-", 1)[0] for path in (tmp_path / "records").iterdir()}
+    assert names == {f"{m}-euler-nfe-0001" for m in ("teacher", "student")} | {
+        "student-consistency-nfe-0002"
+    }
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert '[0.0, 0.5, 1.0], solver="consistency")' in card
     record = json.loads((tmp_path / "student" / "flowkit.json").read_text())
     assert record["sampler"] == {"solver": "consistency", "times": [0, 0.5, 1]}
     student = from_diffusers(tmp_path / "student")
@@ -146,9 +78,6 @@ def test_a_run_from_end_to_end(teacher: Path, tmp_path: Path) -> None:
     assert any(not torch.equal(before[k], v) for k, v in student.state_dict().items())
     made = sample(student, draw(2, 1, 8, 8), record["sampler"]["times"], "consistency").x
     assert made.shape == (2, 1, 8, 8)
-    scheduler = FlowScheduler.from_pretrained(tmp_path / "student" / "scheduler")
-    scheduler.set_timesteps(2)
-    assert scheduler.config.solver == "consistency" and len(scheduler.timesteps) == 2
     for step in (4, 8):
         shown = tmp_path / "stages" / "student" / f"pictures-{step:07d}.png"
         assert shown.stat().st_size > 1000
@@ -157,44 +86,57 @@ def test_a_run_from_end_to_end(teacher: Path, tmp_path: Path) -> None:
     assert all(torch.equal(weights[k], v) for k, v in _student(tmp_path).items())
 
 
-def test_class_conditional_with_a_guided_teacher(tmp_path: Path) -> None:
-    model = mlp(num_classes=10, label_dropout=0.1)
-    export_model(model, tmp_path / "teacher", shape=(1, 8, 8), num_classes=10)
-    distil(
-        _config(
-            tmp_path / "run",
-            *(f"teacher={tmp_path / 'teacher'}", "data.conditional=true"),
-            *("matching.guidance_scale=2.0", "gan.features=teacher"),
+def _tiny_vae(folder: Path) -> Path:
+    torch.manual_seed(0)
+    AutoencoderKL(
+        in_channels=1, out_channels=1, norm_num_groups=4, latent_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["classes", "latents", "bf16"])
+def test_other_runs_export_what_the_harness_measures(kind: str, tmp_path: Path) -> None:
+    """A class-conditional run with a guided teacher, one on latents, one in bf16."""
+    shape, options, words = [1, 8, 8], {}, [f"teacher={tmp_path / 'teacher'}"]
+    words += ["student_training.steps=4", "matching.student_times=[0,0.5]"]
+    if kind == "classes":
+        options = {"num_classes": 10, "label_dropout": 0.1}
+        words += ["data.conditional=true", "matching.guidance_scale=2.0", "gan.features=teacher"]
+    if kind == "latents":
+        shape = [3, 4, 4]
+        words += [f"data.vae={_tiny_vae(tmp_path / 'vae')}", "sample_every=4"]
+    if kind == "bf16":
+        words += ["mixed_precision=bf16", "matching.divergence=sf", "matching.num_bins=2"]
+    classes = options.get("num_classes")
+    export_model(
+        mlp(shape=shape, **options), tmp_path / "teacher", shape=shape, num_classes=classes
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)  # another precision in one process
+    distil(_config(tmp_path / "run", *words))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path / "run" / "student"
+    net = MLP.from_pretrained(folder)
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in net.parameters())
+    scheduler = FlowScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(2)
+    assert scheduler.config.solver == "consistency" and len(scheduler.timesteps) == 2
+    (record,) = fid.run(
+        FidConfig(
+            reference="digits-test", model=str(folder), features="digits", num_samples=40,
+            solver="own", nfe=None, progress=False, straightness_samples=0, jackknife=0,
+            output_dir=str(tmp_path / "fid"), reference_dir=str(tmp_path / "references"),
         )
-    )
-    labels = torch.tensor([3, 3])
-    student = from_diffusers(tmp_path / "run" / "student")
-    assert student(draw(2, 1, 8, 8), 0.0, class_labels=labels).shape == (2, 1, 8, 8)
+    )  # fmt: skip
+    assert (record.solver, record.steps, record.nfe) == ("consistency", 2, 2)
+    assert record.metrics["fid"] > 0
 
 
-def _start(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen:
-    torchrun = [*("-m", "torch.distributed.run", "--standalone"), f"--nproc_per_node={processes}"]
-    return subprocess.Popen(
-        [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), *SMALL]
-        + [f"output_dir={folder}", *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_end_where_one_that_accumulates_does(teacher: Path, tmp_path: Path) -> None:
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        words = [f"teacher={teacher}", "matching.divergence=kl"]
-        process = _start(folder, *words, processes=processes)
-        assert process.wait(timeout=300) == 0, process.stderr.read()[-2000:]
-        found.append(_student(folder))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=1e-5)
+def test_the_harness_says_what_a_model_was_trained_for(teacher: Path) -> None:
+    options = FidConfig(reference="digits-test", model=str(teacher), solver="own", nfe=None)
+    with pytest.raises(FlowkitError, match="names no sampler of its own; say a solver"):
+        sampling_plans(options)
 
 
 BAD = [
@@ -204,6 +146,8 @@ BAD = [
     (["gan.critic_weight=0"], "need a discriminator"),
     (["matching.weight=0", "gan.weight=0"], "has no loss"),
     (["gan.layers=[mid_block]"], "MLP has no layer 'mid_block'"),
+    (["matching.divergence=kl", "gan.times={name: constant, t: 1.0}"], "widen gan.times"),
+    (["matching.divergence=kl", "student_training.micro_batch_size=16"], "pass of 16 pictures"),
     (["gan.features=student"], "gan.features"),
     (["matching.student_times=[0.5,0.2]"], "must increase"),
     (["matching.student_times=[0,1]"], "below 1"),
@@ -229,6 +173,12 @@ def test_a_student_for_other_pictures_is_refused(teacher: Path, tmp_path: Path) 
     export_model(other, tmp_path / "other", shape=(1, 4, 4))
     with pytest.raises(FlowkitError, match=r"trained for pictures \(1, 4, 4\)"):
         distil(_config(tmp_path / "run", f"teacher={teacher}", f"student={tmp_path / 'other'}"))
+
+
+def test_a_teacher_that_takes_other_pictures_than_it_says_is_refused(tmp_path: Path) -> None:
+    export_model(mlp(shape=[1, 4, 4]), tmp_path / "teacher", shape=(1, 8, 8))
+    with pytest.raises(FlowkitError, match=r"teacher=.* cannot take pictures \(1, 8, 8\)"):
+        distil(_config(tmp_path / "run", f"teacher={tmp_path / 'teacher'}"))
 
 
 def test_the_critics_options_stand_in_for_the_students() -> None:

@@ -211,6 +211,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_that_accumulates_does(tmp_path: Path) -> None:
     weights = []
     for processes in (1, 2):

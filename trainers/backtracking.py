@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowkit.coupling import Batch
 from flowkit.errors import FlowkitError
@@ -52,23 +53,26 @@ class _Nodes:
 class Recording:
     """Stage 1, degradation recording: the model learns the score of a frozen student's pictures.
 
-    model: a trainable copy of the teacher.  student: makes pictures by one step from t = start.
+    model: a trainable copy of the teacher.  student: makes pictures by one step from t = start, as
+    student(x_t, t, **cond); the network behind it is in `frozen`, for the cost.
     path: gets a node every `every` steps; None on processes that do not write.
     """
 
     def __init__(
         self,
         model: VelocityModel,
-        student: VelocityModel,
+        student: Callable[..., Tensor],
         path: RecordedPath | None,
         *,
         every: int,
         start: float,
         times: TimeDensity,
         options: CriticOptions,
+        frozen: dict[str, VelocityModel] | None = None,
     ) -> None:
         self.model: Any = model
         self.student, self.start, self.times, self.options = student, start, times, options
+        self.frozen = frozen or {}
 
         def write(step: int) -> None:
             if path is not None:
@@ -121,7 +125,7 @@ class WayBack:
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on where it stood; raises FlowkitError for another schedule or another path."""
-        if (state["every"], state["path"]) != (self.every, self.path.nodes):
+        if (state.get("every"), state.get("path")) != (self.every, self.path.nodes):
             raise FlowkitError(
                 f"the checkpoint was on the way back along another path than {self.path.folder}, "
                 "or with another path.switch_every; use another output_dir"

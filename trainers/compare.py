@@ -1,12 +1,16 @@
-"""The comparison that ends a run: every flow, at every number of Euler steps, from one noise."""
+"""The comparison that ends a run: every flow, at every number of Euler steps and by the sampler it
+was trained for, from one noise."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,8 +31,9 @@ from flowkit.eval.model_source import model_identity
 from flowkit.eval.provenance import versions
 from flowkit.eval.records import canonical_sha256
 from flowkit.eval.report import summary_markdown, write_grid
-from flowkit.files import atomic_file, write_json
+from flowkit.files import atomic_file, read_json, write_json
 from flowkit.noise import derive_seed, keyed_noise
+from flowkit.samplers import sample
 from flowkit.samplers.grids import from_start
 from flowkit.schema import to_dict
 from flowkit.trainers.pairing import conditioned, keyed_labels
@@ -37,6 +42,7 @@ from flowkit.velocity import Velocity, VelocityModel
 
 __all__ = ["Comparison"]
 
+Sampler = tuple[str, list[float]]  # a solver and its times
 CHUNK = 500  # pictures that are sampled at once
 STRAIGHTNESS_STEPS = 100
 
@@ -57,18 +63,30 @@ class Comparison:
         if run.options.push_to_hub and run.accelerator.is_main_process:
             _check_login()
 
-    def finish(self, models: dict[str, VelocityModel], *, method: str) -> None:
-        """Measure, write summary.json, summary.md, samples.png and the model card, and print."""
-        run = self.run
+    def finish(
+        self,
+        models: dict[str, VelocityModel],
+        *,
+        method: str,
+        samplers: Mapping[str, Sampler] | None = None,
+    ) -> None:
+        """Measure, write summary.json, summary.md, samples.png and the model card, and print.
+
+        method: what it is called, for people.  samplers: of the models that were trained for a
+        solver with its own times.
+        """
+        run, self.samplers = self.run, samplers or {}
         if run.accelerator.is_main_process:
             start = time.perf_counter()
-            summary = self._measure(models)
+            summary = {"method": method, "labels": self._labels(method), **self._measure(models)}
             seconds = {name: run.seconds(name) for name in models if name != "student"}
             stages = {p.name for p in (run.folder / "stages").iterdir()}
             seconds["pairs"] = run.seconds(*(s for s in stages if "pairs" in s))
             seconds["student"] = run.seconds(*(s for s in stages if s.startswith("student")))
             seconds["evaluate"] = round(time.perf_counter() - start, 2)
             summary["seconds"] = {name: value for name, value in seconds.items() if value}
+            costs = sorted((run.folder / "stages").glob("*/cost.json"))
+            summary["cost"] = {file.parent.name: read_json(file) for file in costs}
             self._write(summary, models, method)
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
@@ -88,7 +106,10 @@ class Comparison:
             "reference": f"{run.options.data.name} {options.split} ({len(self.reference)})",
         }
         for name, model in models.items():
-            work = len(options.nfe) * options.num_samples
+            own = self.samplers.get(name)
+            known = own is not None and own[0] == "euler" and len(own[1]) == 2 and 1 in options.nfe
+            extra = None if known else own
+            work = (len(options.nfe) + (extra is not None)) * options.num_samples
             with tqdm(total=work, desc=f"measure {name}", unit="pictures") as bar:
                 found = few_step_distances(
                     partial(self._labelled, model),
@@ -100,15 +121,30 @@ class Comparison:
                     reference=reference.moments,
                     start=model.t_min,
                     decode=run.decode,
+                    own=extra,
                     chunk_size=CHUNK,
                     device=run.accelerator.device,
                     progress=bar.update,
                 )
             straight = self._straightness(model, seed)
-            summary[name] = {"fd": [one.distance.value for one in found], "straightness": straight}
+            values = [one.distance.value for one in found]
+            summary[name] = {"fd": values[: len(options.nfe)], "straightness": straight}
+            if own is not None:
+                value = values[options.nfe.index(1)] if known else values[-1]
+                summary[name]["own"] = {"solver": own[0], "times": own[1], "fd": value}
             for one in found:
                 self._publish(name, model, one, seed, against, straight)
         return summary
+
+    def _labels(self, method: str) -> dict[str, str]:
+        """What the models are called in the table."""
+        options = self.run.options
+        labels = {"student": f"student ({method})"}
+        if rounds := getattr(options, "rounds", 0):
+            labels["student"] = f"{rounds + 1}-RF (student)"
+        if getattr(options, "teacher", "train") != "train":
+            labels["teacher"] = "teacher"
+        return labels
 
     def _publish(
         self,
@@ -121,9 +157,12 @@ class Comparison:
     ) -> None:
         """Write a measurement as a record, which the leaderboard ranks."""
         options, run = self.options, self.run
-        told = to_dict(run.options)
+        told: dict[str, Any] = to_dict(run.options)
+        grid: dict[str, Any] = {"name": "uniform"}
+        if found.solver != "euler":
+            grid = {"name": "own", "times": self.samplers[name][1]}
         record = Record(
-            name=f"{name} euler nfe-{found.steps:04d}",
+            name=f"{name} {found.solver} nfe-{found.steps:04d}",
             metrics={"fid": found.distance.value},
             parts={"fid": {"rule": "Fréchet distance of features", **asdict(found.distance)}},
             convention=self.extractor.preprocessing,
@@ -133,8 +172,8 @@ class Comparison:
             seed=seed,
             seeds=[0, options.num_samples],
             model=model_identity(str(run.folder / name), model),
-            solver="euler",
-            grid='{"name":"uniform"}',
+            solver=found.solver,
+            grid=json.dumps(grid, separators=(",", ":")),
             steps=found.steps,
             nfe=found.steps,
             nfe_with_guidance=found.steps,
@@ -188,13 +227,28 @@ class Comparison:
             print(f"pushed to {push(run.folder / last, run.options.push_to_hub)}")
 
     def _columns(self, models: dict[str, VelocityModel]) -> dict[str, Tensor]:
-        steps = {"distilled": (1,), "student": (1, 16)}
+        steps, columns = {"distilled": (1,)}, dict[str, Tensor]()
         shown = {name: model for name, model in models.items() if name != "control"}
-        return {
-            f"{name}, {n} step{'s' * (n > 1)}": self.run.preview_pictures(model, n)
-            for name, model in shown.items()
-            for n in steps.get(name, (1, 16))
-        }
+        for name, model in shown.items():
+            if name in self.samplers:
+                count = len(self.samplers[name][1]) - 1
+                columns[_steps(name, count)] = self._own_pictures(model, self.samplers[name])
+                continue
+            for n in steps.get(name, (1, 16)):
+                columns[_steps(name, n)] = self.run.preview_pictures(model, n)
+        return columns
+
+    @torch.no_grad()
+    def _own_pictures(self, model: VelocityModel, sampler: Sampler) -> Tensor:
+        """The pictures that the model's own sampler makes of the preview noise."""
+        run, (solver, times) = self.run, sampler
+        noise = run.preview_noise.to(run.accelerator.device)
+        velocity = self._labelled(model, range(len(noise)))
+        return run.decode(sample(velocity, (1 - times[0]) * noise, times, solver).x).cpu()
+
+
+def _steps(name: str, count: int) -> str:
+    return f"{name}, {count} step{'s' * (count > 1)}"
 
 
 def _check_login() -> None:

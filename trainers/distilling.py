@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,27 +15,33 @@ from torch import Tensor
 from flowkit.errors import FlowkitError
 from flowkit.files import atomic_folder, read_json, write_json
 from flowkit.nets.embeddings import LabelEmbedding
-from flowkit.registry import look_up
 from flowkit.samplers import FlowScheduler
 from flowkit.trainers.compare import Comparison
-from flowkit.trainers.discriminator import Critic, check_layers, middle_layers
+from flowkit.trainers.discriminator import Critic
+from flowkit.trainers.distilling_checks import (
+    build_times,
+    check,
+    check_fit,
+    check_ratio,
+    check_teacher,
+    feature_layers,
+)
 from flowkit.trainers.distribution_matching import DistributionMatching
-from flowkit.trainers.divergences import DIVERGENCES
 from flowkit.trainers.dmd_settings import DisBackConfig, DMDConfig
-from flowkit.trainers.noise_levels import Middle, noise_levels
-from flowkit.trainers.pairing import conditioned, null_class
+from flowkit.trainers.noise_levels import Middle
+from flowkit.trainers.pairing import conditioned
 from flowkit.trainers.settings import TrainOptions
 from flowkit.trainers.stages import Run
 from flowkit.velocity import VelocityModel
 
 __all__ = [
     "build_method",
-    "build_times",
-    "check",
     "distil",
     "finish_run",
+    "frozen",
     "keep_labels",
     "open_run",
+    "sampler_of",
 ]
 
 
@@ -51,19 +56,19 @@ def open_run(config: DMDConfig) -> tuple[Run, Comparison, VelocityModel, Velocit
     """The run, its comparison, the teacher, and what the student starts from, all checked."""
     check(config)
     run = Run(config, [config.teacher_training, config.student_training])
+    check_ratio(config, run.accelerator.num_processes)
     comparison = Comparison(run)
     if config.matching.guidance_scale != 1 and run.num_classes is None:
         raise FlowkitError("matching.guidance_scale needs class labels; set data.conditional=true")
     if config.teacher == "train":
         check_teacher(run.build(config.net), config)
+    student = None if config.student == "teacher" else run.load(config.student)
+    if student is not None:
+        check_fit(run, student, f"student={config.student}")
     teacher = open_teacher(run, config)
+    check_fit(run, teacher, f"teacher={config.teacher}")
     check_teacher(teacher, config)
-    return (
-        run,
-        comparison,
-        teacher,
-        teacher if config.student == "teacher" else run.load(config.student),
-    )
+    return run, comparison, teacher, student or teacher
 
 
 def finish_run(
@@ -81,64 +86,8 @@ def finish_run(
     name = "DMD2" if divergence is None else f"f-distill ({divergence})"
     if isinstance(config, DisBackConfig):
         name = f"DisBack with {name}"
-    comparison.finish({"teacher": teacher, "student": student}, method=name)
-
-
-def check(config: DMDConfig) -> None:
-    """Refuse what training would refuse, or do badly, before anything costs time."""
-    matching, gan = config.matching, config.gan
-    if config.mixed_precision == "fp16":
-        raise FlowkitError(
-            "distribution matching diverges in fp16 (Yin et al., 2024, arXiv:2405.14867, their "
-            "code); set mixed_precision=bf16 or no"
-        )
-    if not matching.weight and not gan.weight:
-        raise FlowkitError("the student has no loss; set matching.weight or gan.weight above 0")
-    wants_head = bool(gan.weight) or matching.divergence is not None
-    if wants_head and not gan.critic_weight:
-        raise FlowkitError(
-            "gan.weight and matching.divergence need a discriminator; set gan.critic_weight above 0"
-        )
-    if matching.divergence is not None:
-        look_up("divergence", matching.divergence, DIVERGENCES)
-    times = [*matching.student_times, 1.0]
-    if len(times) < 2 or any(not t < s for t, s in pairwise(times)):
-        raise FlowkitError(
-            f"matching.student_times must increase and stay below 1, got {matching.student_times}"
-        )
-    for options in (matching.times, config.critic.times, gan.times):
-        build_times(options)
-    Middle(build_times(matching.times), matching.low, matching.high)
-    default = TrainOptions()
-    for name in ("loss", "times"):
-        if getattr(config.student_training, name) != getattr(default, name):
-            raise FlowkitError(
-                f"student_training.{name} is for other methods; distribution matching has "
-                "matching.times and a loss of its own"
-            )
-
-
-def check_teacher(teacher: VelocityModel, config: DMDConfig) -> None:
-    """Refuse a teacher that has not the layers or the null class that the options ask of it."""
-    if config.gan.critic_weight:
-        check_layers(teacher.net, feature_layers(teacher, config))
-    if config.matching.guidance_scale != 1:
-        null_class(teacher)
-
-
-def feature_layers(teacher: VelocityModel, config: DMDConfig) -> list[str]:
-    """The layers that the discriminator reads; none without one."""
-    if not config.gan.critic_weight:
-        return []
-    return list(config.gan.layers) or middle_layers(teacher.net)
-
-
-def build_times(options: dict[str, Any]) -> Any:
-    """The density of an option `{name: ..., **options}`."""
-    try:
-        return noise_levels(**options)
-    except TypeError as error:
-        raise FlowkitError(f"times: {error}") from None
+    models = {"teacher": teacher, "student": student}
+    comparison.finish(models, method=name, samplers={"student": sampler_of(config)})
 
 
 def open_teacher(run: Run, config: DMDConfig) -> VelocityModel:
@@ -163,6 +112,9 @@ def build_method(
     """
     device = run.accelerator.device
     fake = keep_labels(copy.deepcopy(fake or teacher).requires_grad_(True))
+    asked = {"teacher": real or teacher}
+    if real is not None and config.gan.features == "teacher":
+        asked["features"] = teacher
     cond = {}
     if run.num_classes is not None:
         cond["class_labels"] = torch.zeros(1, dtype=torch.long, device=device)
@@ -187,6 +139,7 @@ def build_method(
         matching=matching,
         critic_options=config.critic,
         gan=config.gan,
+        frozen=asked,
         decode=run.decode,
     )
 
@@ -229,11 +182,16 @@ def keep_labels(model: VelocityModel) -> VelocityModel:
     return model
 
 
+def sampler_of(config: DMDConfig) -> tuple[str, list[float]]:
+    """The solver and the times that a student is trained for."""
+    times = [*config.matching.student_times, 1.0]
+    return ("euler" if len(times) == 2 else "consistency"), times
+
+
 def record_sampler(run: Run, config: DMDConfig, name: str) -> None:
     """Say in an exported student's folder how it is sampled: `sampler` in its flowkit.json, and a
     diffusers scheduler with those times in scheduler/."""
-    times = [*config.matching.student_times, 1.0]
-    solver = "euler" if len(times) == 2 else "consistency"
+    solver, times = sampler_of(config)
     folder = run.folder / name
     if run.accelerator.is_main_process:
         with atomic_folder(folder / "scheduler") as temporary:

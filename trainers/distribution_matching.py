@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowkit.coupling import Batch
+from flowkit.samplers import sample
 from flowkit.samplers.timesteps import TimeDensity
 from flowkit.trainers.discriminator import Critic, Points
 from flowkit.trainers.divergences import density_ratio, divergence_weights, equal_mass_bins
@@ -24,7 +25,7 @@ from flowkit.trainers.dmd_settings import CriticOptions, GANOptions, MatchingOpt
 from flowkit.trainers.learner import Role
 from flowkit.trainers.method import Loss, Phase, Turn
 from flowkit.trainers.settings import TrainOptions
-from flowkit.velocity import VelocityModel, expand_to, interpolate, to_data
+from flowkit.velocity import VelocityModel, bind, expand_to, interpolate, to_data
 
 __all__ = ["DistributionMatching", "matching_gradient", "score_loss", "surrogate"]
 
@@ -65,6 +66,7 @@ class DistributionMatching:
 
     teacher: Velocity with conditioning, teacher(x_t, t, **cond), guided or not.
     times, critic_times, gan_times: densities of t of the three losses.
+    frozen: the networks behind `teacher` and the head's features, by name, for the cost.
     decode: latents to pictures, for `pictures`.
 
     In memory: teacher; student, its average, gradient and optimizer; fake score and heads, their
@@ -86,12 +88,13 @@ class DistributionMatching:
         matching: MatchingOptions,
         critic_options: CriticOptions,
         gan: GANOptions,
+        frozen: dict[str, VelocityModel] | None = None,
         decode: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self.model, self.teacher, self.critic = model, teacher, critic
         self.times, self.critic_times, self.gan_times = times, critic_times, gan_times
         self.matching, self.critic_options, self.gan = matching, critic_options, gan
-        self.decode = decode
+        self.frozen, self.decode = frozen or {}, decode
         self.roles = {"critic": Role(critic, training)}
 
     def turns(self, step: int) -> Sequence[Turn]:
@@ -137,11 +140,11 @@ class DistributionMatching:
 
     @torch.no_grad()
     def pictures(self, student: VelocityModel, batch: Batch) -> dict[str, Tensor]:
-        """The student's first step, and what teacher and fake score make of it at t = 1/2: where
-        these two drift apart in colour or contrast, training fails."""
-        t = self.matching.student_times[0]
-        x = (1 - t) * batch.noise
-        data = to_data(x, student(x, t, **batch.cond), t)
+        """The student's, by its own steps, and what teacher and fake score make of them at t = 1/2:
+        where these two drift apart in colour or contrast, training fails."""
+        times = [*self.matching.student_times, 1.0]
+        x = (1 - times[0]) * batch.noise
+        data = sample(bind(student, **batch.cond), x, times, solver="consistency").x
         half = data.new_full((len(data),), 0.5)
         points = Points(interpolate(batch.noise, data, half), half, batch.cond)
         real = to_data(points.x_t, self.teacher(points.x_t, half, **batch.cond), half)

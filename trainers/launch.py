@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
 from flowkit.errors import FlowkitError
-from flowkit.trainers.settings import RunOptions
+from flowkit.trainers.order import Order
+from flowkit.trainers.settings import RunOptions, TrainOptions
 
-__all__ = ["log_picture", "make_accelerator"]
+__all__ = ["banner", "log_picture", "make_accelerator"]
 
 # The others wait while one process measures, encodes latents or writes its last shard: hours of
 # work, where torch gives up after 10 minutes (nccl) or 30 (gloo).  Launchers notice a dead process.
@@ -41,6 +44,20 @@ def make_accelerator(run: RunOptions) -> Accelerator:
             "without GPUs, launch with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
         )
     return accelerator
+
+
+def banner(name: str, options: TrainOptions, order: Order, parameters: Sequence[Tensor]) -> str:
+    """What a stage of training says of itself when it starts."""
+    micro = order.micro_batch_size or 0
+    return (
+        f"***** Running training: {name} *****\n"
+        f"  Num examples = {order.size:,}\n"
+        f"  Num parameters = {sum(p.numel() for p in parameters):,}\n"
+        f"  Batch size per device = {micro}\n"
+        f"  Gradient accumulation steps = {options.batch_size // (micro * order.world)}\n"
+        f"  Total train batch size (parallel, accumulated) = {options.batch_size}\n"
+        f"  Total optimization steps = {options.steps:,}"
+    )
 
 
 def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> None:

@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from flowkit.errors import FlowkitError
+from flowkit.trainers.cost import nbytes
 from flowkit.trainers.settings import RunOptions, TrainOptions
 
 __all__ = ["Learner", "Role", "set_dropout"]
@@ -69,7 +70,15 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         if averaged:
             self.ema = EMAModel(self.parameters, decay=options.ema_decay, foreach=True)
-        self.skipped = self.skipped_in_a_row = 0
+        self.updates = self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, their gradients, the optimizer's state and the average."""
+        state = [v for of in self.optimizer.state.values() for v in of.values()]
+        average = self.ema.shadow_params if self.ema is not None else []
+        tensors = [*self.network.parameters(), *self.parameters, *state, *average]
+        return nbytes(t for t in tensors if isinstance(t, Tensor))
 
     def freeze(self, frozen: bool) -> None:
         """Let no gradient reach the weights, or let it again; it still flows through them."""
@@ -93,6 +102,7 @@ class Learner:
         if finite:
             if self.ema is not None:
                 self.ema.step(self.parameters)
+            self.updates += 1
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
@@ -101,11 +111,12 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, JSON-able; weights, average and optimizer are saved with the run's."""
-        return {"skipped": self.skipped, "schedule": self.schedule.state_dict()}
+        counts = {"updates": self.updates, "skipped": self.skipped}
+        return {**counts, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the counters back."""
-        self.skipped = state["skipped"]
+        self.updates, self.skipped = state["updates"], state["skipped"]
         self.schedule.load_state_dict(state["schedule"])
 
 

@@ -30,8 +30,10 @@ from flowkit import checkpoint
 from flowkit.coupling import Batch, Coupling
 from flowkit.errors import FlowkitError
 from flowkit.eval.report import write_grid
+from flowkit.files import write_json
 from flowkit.noise import derive_seed
-from flowkit.trainers.launch import log_picture
+from flowkit.trainers.cost import Cost
+from flowkit.trainers.launch import banner, log_picture
 from flowkit.trainers.learner import Learner, set_dropout
 from flowkit.trainers.method import Loss, Method, Phase, Several, Turn
 from flowkit.trainers.order import Order, read
@@ -91,6 +93,7 @@ class Loop:
         for role_name, role in (method.roles if isinstance(method, Several) else {}).items():
             self.learners[role_name] = Learner(role.model, role.options, run, accelerator)
             role.model = self.learners[role_name].model
+        self.cost = Cost(self.learners, getattr(method, "frozen", {}), accelerator)
         self.step = 0
         self.saved_step: int | None = None
         self.seconds_before, self.started = 0.0, time.perf_counter()
@@ -108,13 +111,15 @@ class Loop:
     def run(self) -> VelocityModel:
         """Train to the end; returns the averaged model, in eval mode."""
         self._resume()
-        self._banner()
+        self.accelerator.print(banner(self.name, self.options, self.order, self.parameters))
         self.terminating = False
         previous = signal.signal(signal.SIGTERM, self._terminate)
         try:
             self._train()
         finally:
             signal.signal(signal.SIGTERM, previous)
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "cost.json", self.cost.report())
         return self.averaged()
 
     def averaged(self) -> VelocityModel:
@@ -132,13 +137,9 @@ class Loop:
             num_workers=run.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        bar = tqdm(
-            total=self.options.steps,
-            initial=self.step,
-            desc=self.name,
-            unit="step",
-            disable=not accelerator.is_main_process,
-        )
+        quiet = not accelerator.is_main_process
+        steps = self.options.steps
+        bar = tqdm(total=steps, initial=self.step, desc=self.name, unit="step", disable=quiet)
         due, logs = False, dict[str, Tensor]()
         with bar:
             while self.step < self.options.steps:
@@ -169,7 +170,9 @@ class Loop:
         copies = tee(islice(rows, len(self.order.micro_batches)), len(turns))
         for turn, micro_rows in zip(turns, copies, strict=True):
             prefix = "" if turn.role == "student" else f"{turn.role}_"
-            logs |= {prefix + key: value for key, value in self._take(turn, micro_rows).items()}
+            with self.cost:
+                taken = self._take(turn, micro_rows)
+            logs |= {prefix + key: value for key, value in taken.items()}
         for learner in self.learners.values():
             learner.schedule.step()
         if method.phase is not None and "loss" in logs:
@@ -214,6 +217,7 @@ class Loop:
         shown = dict(zip(names, values.tolist(), strict=True))
         lr = self.learners["student"].schedule.get_last_lr()[0]
         shown |= {"lr": lr, "skipped": self.skipped}
+        shown |= {f"{name}_updates": learner.updates for name, learner in self.learners.items()}
         bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if k in ("loss", "lr")})
         scalars = {f"{self.name}/{key}": value for key, value in shown.items()}
         self.accelerator.log(scalars, step=self.first_step + self.step)
@@ -247,6 +251,7 @@ class Loop:
             return False
         state = {
             "roles": {name: learner.state_dict() for name, learner in self.learners.items()},
+            "passes": self.cost.counts,
             "seconds": self.seconds,
             "phase": self.method.phase.state_dict() if self.method.phase else None,
         }
@@ -267,10 +272,16 @@ class Loop:
                 f"{newest} holds the roles {', '.join(state.get('roles', {})) or 'of old'}, "
                 f"this method trains {', '.join(self.learners)}; use another output_dir"
             )
+        if (state["phase"] is None) != (self.method.phase is None):
+            raise FlowkitError(
+                f"{newest} was saved by a method {'without' if self.method.phase else 'with'} "
+                "phases, this one is not such; use another output_dir"
+            )
         self.step = self.saved_step = state["step"]
         self.seconds_before = state["seconds"]
         for name, learner in self.learners.items():
             learner.load_state_dict(state["roles"][name])
+        self.cost.load(state["passes"])
         if self.method.phase is not None:
             self.method.phase.load_state_dict(state["phase"])
         self.accelerator.print(f"{self.name}: resuming at step {self.step} from {newest}")
@@ -284,16 +295,3 @@ class Loop:
             return self.terminating
         flag = torch.tensor(float(self.terminating), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    def _banner(self) -> None:
-        options, world = self.options, self.accelerator.num_processes
-        micro = self.order.micro_batch_size or 0
-        self.accelerator.print(
-            f"***** Running training: {self.name} *****\n"
-            f"  Num examples = {len(self.coupling):,}\n"
-            f"  Num parameters = {sum(p.numel() for p in self.parameters):,}\n"
-            f"  Batch size per device = {micro}\n"
-            f"  Gradient accumulation steps = {options.batch_size // (micro * world)}\n"
-            f"  Total train batch size (parallel, accumulated) = {options.batch_size}\n"
-            f"  Total optimization steps = {options.steps:,}"
-        )

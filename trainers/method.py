@@ -36,7 +36,11 @@ class Phase(Protocol):
 
 
 class Method(Protocol):
-    """What is trained and how.  The loop replaces `model` by its distributed wrapper."""
+    """What is trained and how.  The loop replaces `model` by its distributed wrapper.
+
+    A method that asks frozen velocity models may name them, in `frozen: dict[str, VelocityModel]`:
+    they are counted in what training costs.
+    """
 
     model: Any
     phase: Phase | None

@@ -11,18 +11,19 @@ from flowkit.errors import FlowkitError
 from flowkit.trainers.backtracking import Recording, WayBack
 from flowkit.trainers.distilling import (
     build_method,
-    build_times,
     finish_run,
+    frozen,
     keep_labels,
     open_run,
 )
+from flowkit.trainers.distilling_checks import build_times
 from flowkit.trainers.distribution_matching import DistributionMatching
 from flowkit.trainers.dmd_settings import DisBackConfig
 from flowkit.trainers.recorded_path import RecordedPath
 from flowkit.trainers.stages import Run
 from flowkit.velocity import VelocityModel
 
-__all__ = ["backtrack", "build_backtracking", "check_path"]
+__all__ = ["backtrack", "build_backtracking", "check_path", "record"]
 
 
 def check_path(config: DisBackConfig) -> None:
@@ -46,40 +47,47 @@ def backtrack(config: DisBackConfig) -> None:
     """Distil along the path on which the teacher degrades into the student's first pictures."""
     check_path(config)
     run, comparison, teacher, start = open_run(config)
-    folder, options = run.folder / "path", config.path
-    identity = {"teacher": run.identity(teacher), "student": run.identity(start)}
-    if options.steps:
-        run.train(
-            "degraded",
-            teacher,
-            run.independent(),
-            replace(
-                config.student_training,
-                steps=options.steps,
-                learning_rate=options.learning_rate,
-                warmup_steps=0,
-                ema_decay=0.0,  # nodes are the weights themselves
-            ),
-            method=lambda model, *_: Recording(
-                keep_labels(model),
-                start,
-                RecordedPath(folder, teacher.net, identity)
-                if run.accelerator.is_main_process
-                else None,
-                every=options.record_every,
-                start=config.matching.student_times[0],
-                times=build_times(config.critic.times),
-                options=config.critic,
-            ),
-        )
-    path = RecordedPath(folder, teacher.net, identity)
-    if len(path) != options.steps // options.record_every:
-        raise FlowkitError(
-            f"{folder} holds {len(path)} nodes, not {options.steps // options.record_every}; "
-            "remove it and degraded/ to record anew"
-        )
+    path = record(run, config, teacher, start)
     method = partial(build_backtracking, run=run, config=config, teacher=teacher, path=path)
     finish_run(run, comparison, config, teacher, start, method)
+
+
+def record(
+    run: Run, config: DisBackConfig, teacher: VelocityModel, start: VelocityModel
+) -> RecordedPath:
+    """The path in run.folder/path, recorded unless it is there; empty for path.steps 0."""
+    options, accelerator = config.path, run.accelerator
+    identity = {"teacher": run.identity(teacher), "student": run.identity(start)}
+    path = RecordedPath(run.folder / "path", teacher.net, identity)
+    training = replace(
+        config.student_training,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=0,
+        ema_decay=0.0,  # nodes are the weights themselves
+    )
+
+    def method(model: VelocityModel, *_: Any) -> Recording:
+        return Recording(
+            keep_labels(model),
+            frozen(start, 1.0, accelerator.autocast, accelerator.device),
+            path if accelerator.is_main_process else None,
+            every=options.record_every,
+            start=config.matching.student_times[0],
+            times=build_times(config.critic.times),
+            options=config.critic,
+            frozen={"first student": start},
+        )
+
+    if options.steps:
+        run.train("degraded", teacher, run.independent(), training, method=method)
+    path = RecordedPath(path.folder, teacher.net, identity)  # as the main process left it
+    if len(path) != options.steps // options.record_every:
+        raise FlowkitError(
+            f"{path.folder} holds {len(path)} nodes, not {options.steps // options.record_every}; "
+            "remove it and degraded/ to record anew"
+        )
+    return path
 
 
 def build_backtracking(
