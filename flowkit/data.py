@@ -12,7 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,9 +64,19 @@ class ImageData:
 
     def fetch(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         """data: (B, C, H, W) float32 in [-1, 1]; class_labels: (B,) int64, where labelled."""
-        rows = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        on = self.pictures.device if isinstance(self.pictures, Tensor) else "cpu"
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=on)
         found = {"data": self.pictures[rows].float().div_(self.peak / 2).sub_(1)}
         return found if self.labels is None else {**found, "class_labels": self.labels[rows]}
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same pictures in a device's memory, as uint8; FlowkitError for files."""
+        if not isinstance(self.pictures, Tensor):
+            raise FlowkitError(
+                f"{self.name} is decoded from files, not held on a device; set data_on_device=false"
+            )
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, pictures=self.pictures.to(device), labels=labels)
 
     def fingerprint(self) -> str:
         """sha256 of shape, levels and labels; files count by name, length and zip checksum."""

@@ -152,26 +152,29 @@ class PairStore:
         sizes = (spec.torch_dtype.itemsize * math.prod(spec.shape) for spec in held.values())
         return len(self) * sum(sizes)
 
-    def preload(self) -> PairStore:
-        """Hold all pairs in memory, noise included: fetch then only copies rows.  Returns self."""
+    def preload(self, device: torch.device | str = "cpu") -> PairStore:
+        """Hold all pairs in a device's memory, noise included: fetch then only copies rows, there.
+        Returns self."""
         parts = [self._tensors(shard) for shard in range(self.index.num_shards)]
         memory = {name: torch.cat([part[name] for part in parts]) for name in self.index.tensors()}
         if self.index.noise == "key":
             memory["noise"] = keyed_noise(self.index.seed, range(len(self)), self.shape)
-        self._memory, self._open = memory, {}
+        self._memory = {name: tensor.to(device) for name, tensor in memory.items()}
+        self._open = {}
         return self
 
     def fetch(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         """Rows of the store, in the order asked for.
 
         indices: n integers in [0, len).  Returns "noise" and "data": (n, *shape), float32, and the
-        conditioning (n, *its shape) in its own dtype, all on the CPU.
+        conditioning (n, *its shape) in its own dtype, all on the CPU unless preloaded elsewhere.
         """
         rows = torch.as_tensor(indices, dtype=torch.int64).reshape(-1)
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             low, high = int(rows.min()), int(rows.max())
             raise IndexError(f"pairs are numbered 0..{len(self) - 1}, got {low}..{high}")
         if self._memory:
+            rows = rows.to(self._memory["noise"].device)
             found = {name: tensor[rows] for name, tensor in self._memory.items()}
         else:
             found = self._gather(rows)

@@ -130,6 +130,8 @@ def _configure(net: nn.Module, options: TrainOptions, run: RunOptions) -> None:
                 "set gradient_checkpointing=false"
             )
         cast(Any, net).enable_gradient_checkpointing()
+    if run.channels_last:
+        cast(Any, net).to(memory_format=torch.channels_last)
     if run.compile:
         net.compile()
 

@@ -142,7 +142,7 @@ class Loop:
         bar = tqdm(total=steps, initial=self.step, desc=self.name, unit="step", disable=quiet)
         due, logs = False, dict[str, Tensor]()
         with bar:
-            while self.step < self.options.steps:
+            while self.step < self.options.steps and not self._time_is_up():
                 logs |= self.update(rows)  # who had no turn is logged with its last values
                 self.step += 1
                 bar.update()
@@ -291,7 +291,15 @@ class Loop:
 
     def _told_to_stop(self) -> bool:
         """Whether SIGTERM reached any process: all must save together."""
+        return self._anywhere(self.terminating)
+
+    def _time_is_up(self) -> bool:
+        """Whether options.minutes are over on any process: all must end together."""
+        minutes = self.options.minutes
+        return minutes is not None and self._anywhere(self.seconds >= 60 * minutes)
+
+    def _anywhere(self, here: bool) -> bool:
         if self.accelerator.num_processes == 1:
-            return self.terminating
-        flag = torch.tensor(float(self.terminating), device=self.accelerator.device)
+            return here
+        flag = torch.tensor(float(here), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)

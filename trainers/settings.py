@@ -53,6 +53,9 @@ class TrainOptions:
     steps: int = option(
         6500, "optimizer steps; 0 leaves the stage out where that makes sense", low=0
     )
+    minutes: float | None = option(
+        None, "end the stage after so many minutes of training, whatever steps it has made", low=0
+    )
     batch_size: int = option(256, "pictures a step, over all processes", low=1)
     micro_batch_size: int | None = option(
         None, "pictures a forward pass; gradients accumulate up to batch_size", low=1
@@ -130,6 +133,8 @@ class RunOptions:
     seed: int = option(0, "seed of everything", low=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast of the network")
     compile: bool = option(False, "torch.compile the network")
+    channels_last: bool = option(False, "keep weights channels last; faster convolutions on GPUs")
+    data_on_device: bool = option(False, "hold data and pairs in the device's memory")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     num_workers: int = option(0, "processes that read the data", low=0)
     checkpoint_every: int = option(1_000, "steps between checkpoints", low=1)

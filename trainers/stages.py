@@ -43,7 +43,7 @@ __all__ = ["Run"]
 # Options that do not change what a run computes: a resumed run may be given others.
 MAY_CHANGE = {
     *("output_dir", "num_workers", "checkpoint_every", "keep_checkpoints", "sample_every"),
-    *("log_every", "max_skipped_steps", "report_to", "push_to_hub", "evaluate"),
+    *("log_every", "data_on_device", "max_skipped_steps", "report_to", "push_to_hub", "evaluate"),
 }
 
 
@@ -69,6 +69,11 @@ class Run:
         self.num_classes = self.data.num_classes if data.conditional else None
         if data.conditional and self.num_classes is None:
             raise FlowkitError(f"data.conditional=true needs labels, but {data.name} has none")
+        if options.data_on_device and (options.num_workers or data.vae is not None):
+            raise FlowkitError(
+                "data_on_device=true is for pictures and leaves nothing to read ahead; "
+                "set num_workers=0 and data.vae=null"
+            )
         self.vae = None if data.vae is None else load_vae(data.vae)
         if self.vae is not None and data.flip:
             raise FlowkitError(
@@ -143,7 +148,10 @@ class Run:
     def independent(self) -> Coupling:
         """Fresh noise with the training pictures."""
         labels = self.num_classes is not None
-        return Independent(self.data, flip=self.options.data.flip, labels=labels)
+        data = self.data
+        if self.options.data_on_device:
+            data = data.to(self.accelerator.device)
+        return Independent(data, flip=self.options.data.flip, labels=labels)
 
     def train(
         self,

@@ -148,6 +148,8 @@ def make_pairs(run: Run, options: PairOptions, flow: VelocityModel, name: str) -
             accelerator=run.accelerator,
             name=name,
         )
+    if run.options.data_on_device:
+        return pairs.preload(run.accelerator.device)
     return pairs.preload() if pairs.nbytes < IN_MEMORY else pairs
 
 
