@@ -116,29 +116,9 @@ class Run:
             ) from error
 
     def _check_folder(self) -> None:
-        record = self.folder / "config.yaml"
-        if record.is_file():
-            if not (self.folder / "stages").exists():
-                return  # nothing was made yet: a run that was refused, and may be put right
-            try:
-                stored = config.load(type(self.options), record)
-            except FlowkitError:
-                raise FlowkitError(
-                    f"{self.folder} holds a run of another trainer; choose another output_dir"
-                ) from None
-            difference = config.first_difference(self.options, stored, ignore=MAY_CHANGE)
-            if difference:
-                raise FlowkitError(
-                    f"{self.folder} holds a run with other options: {difference}; "
-                    "give the same options to resume it, or another output_dir"
-                )
-        elif self.folder.is_dir() and any(
-            not p.name.startswith(".") for p in self.folder.iterdir()
-        ):
-            raise FlowkitError(
-                f"{self.folder} is not empty and holds no run of this trainer; "
-                "choose another output_dir"
-            )
+        if (self.folder / "config.yaml").is_file() and not (self.folder / "stages").exists():
+            return  # nothing was made yet: a run that was refused, and may be put right
+        config.check_folder(self.options, self.folder, ignore=MAY_CHANGE, kind="trainer")
 
     def build(self, net: NetOptions) -> VelocityModel:
         """A new network for this run's pictures; its weights depend on the run's seed alone."""
