@@ -216,7 +216,7 @@ class TestWayBack:
 SMALL = [
     *("student_training.steps=12", "student_training.batch_size=32", "matching.student_every=2"),
     *("student_training.warmup_steps=2", "sample_every=0", "log_every=1", "checkpoint_every=3"),
-    *("evaluate.nfe=[1]", "evaluate.num_samples=100", "evaluate.straightness_samples=20"),
+    *("evaluate.nfe=[1]", "evaluate.num_samples=40", "evaluate.straightness_samples=4"),
 ]
 PATH = ["path.steps=6", "path.record_every=2", "path.switch_every=2", "path.learning_rate=0.001"]
 

@@ -30,8 +30,8 @@ from flowkit.velocity import VelocityModel
 SMALL = [
     *("student_training.steps=8", "student_training.batch_size=64", "matching.student_every=3"),
     *("student_training.micro_batch_size=32", "student_training.warmup_steps=2"),
-    *("sample_every=0", "log_every=1", "checkpoint_every=2", "evaluate.nfe=[1]"),
-    *("evaluate.num_samples=100", "evaluate.straightness_samples=20"),
+    *("sample_every=0", "log_every=1", "checkpoint_every=4", "evaluate.nfe=[1]"),
+    *("evaluate.num_samples=40", "evaluate.straightness_samples=4"),
 ]
 
 

@@ -53,22 +53,30 @@ class Cost:
         for hook in self._hooks:
             hook.remove()
 
-    def load(self, counts: Mapping[str, list[int]]) -> None:
-        """Go on counting from `counts` of a checkpoint."""
-        for name, count in counts.items():
-            self.counts[name][:] = count
+    def totals(self) -> dict[str, list[int]]:
+        """The counts of all processes together, which must ask together."""
+        counts = torch.tensor(list(self.counts.values()), device=self.accelerator.device)
+        summed = self.accelerator.reduce(counts, "sum").tolist()
+        return dict(zip(self.counts, summed, strict=True))
+
+    def load(self, totals: Mapping[str, list[int]]) -> None:
+        """Go on counting from the `totals` of a checkpoint."""
+        for name, count in totals.items():
+            self.counts[name][:] = count if self.accelerator.is_main_process else [0, 0]
 
     def report(self) -> dict[str, Any]:
         """{"forward", "backward"}: samples by role, over all processes; {"memory"}: bytes by role
         on one, of weights, gradients, optimizer and average; {"peak_memory"}: bytes allocated there
-        at most, activations included, since training began or was resumed; None without CUDA."""
-        device, world = self.accelerator.device, self.accelerator.num_processes
+        at most, activations included, since training began or was resumed; None without CUDA.
+
+        All processes must ask together."""
+        device, totals = self.accelerator.device, self.totals()
         held = {name: learner.nbytes for name, learner in self.learners.items()}
         held |= {name: nbytes(model.parameters()) for name, model in self.frozen.items()}
         cuda = device.type == "cuda"
         return {
-            "forward": {name: world * count[0] for name, count in self.counts.items()},
-            "backward": {name: world * count[1] for name, count in self.counts.items()},
+            "forward": {name: count[0] for name, count in totals.items()},
+            "backward": {name: count[1] for name, count in totals.items()},
             "memory": held,
             "peak_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
         }

@@ -118,8 +118,9 @@ class Loop:
             self._train()
         finally:
             signal.signal(signal.SIGTERM, previous)
+        cost = self.cost.report()
         if self.accelerator.is_main_process:
-            write_json(self.folder / "cost.json", self.cost.report())
+            write_json(self.folder / "cost.json", cost)
         return self.averaged()
 
     def averaged(self) -> VelocityModel:
@@ -251,7 +252,7 @@ class Loop:
             return False
         state = {
             "roles": {name: learner.state_dict() for name, learner in self.learners.items()},
-            "passes": self.cost.counts,
+            "passes": self.cost.totals(),
             "seconds": self.seconds,
             "phase": self.method.phase.state_dict() if self.method.phase else None,
         }
