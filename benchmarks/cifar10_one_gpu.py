@@ -125,7 +125,10 @@ class Stages:
         """A training that its minutes end."""
         shared = {"steps": FOREVER, "minutes": minutes, "batch_size": self.chain.batch_size}
         shared |= {"learning_rate": 2e-4, "warmup_steps": 500, "ema_decay": 0.9995}
-        return kind(**shared | options)
+        shared |= options
+        if self.chain.smoke:  # so that a few steps show
+            shared |= {"learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.0}
+        return kind(**shared)
 
     def pairs(self) -> PairOptions:
         """Pairs by 18 Heun steps, as uint8."""
@@ -159,10 +162,6 @@ class Stages:
     def slimflow(self) -> None:
         """A student of a quarter of the parameters, annealed and distilled."""
         minutes = self.chain.minutes
-        made, wanted = self.folder / "reflow/pairs-1", self.folder / "slimflow/pairs-1"
-        if made.is_dir() and not wanted.exists():  # the same flow's, made once
-            wanted.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(made, wanted, copy_function=os.link)
         at_noise = {"times": {"name": "constant", "t": 0.0}}
         train_slimflow(
             SlimFlowConfig(
