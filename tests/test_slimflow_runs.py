@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ from flowkit.noise import keyed_noise
 from flowkit.pairs import PairStore
 from flowkit.samplers import sample
 from flowkit.samplers.grids import uniform
-from flowkit.trainers.costs import passes
-from flowkit.trainers.settings import NetOptions, ReflowConfig
+from flowkit.trainers.cost import solver_passes
+from flowkit.trainers.settings import PairOptions
 from flowkit.trainers.slimflow_settings import SlimFlowConfig
 from flowkit.trainers.slimming import train_slimflow
 
@@ -107,66 +106,40 @@ def test_it_writes_the_comparison(finished: Path) -> None:
     assert "SlimFlow" in (finished / "distilled" / "README.md").read_text()
 
 
-def test_its_passes_are_those_that_its_options_tell(counted: tuple[Path, Counts]) -> None:
+def test_its_cost_is_what_went_through_its_networks(counted: tuple[Path, Counts]) -> None:
     folder, seen = counted
-    told = passes(small_config(folder), num_pictures=0)
+    cost = json.loads((folder / "summary.json").read_text())["cost"]
+    roles = {"teacher": "teacher", "pairs-1": "teacher"}
     total: Counts = Counter()
-    for stage in told.values():
-        assert stage is not None
-        for network, kinds in stage.items():
-            total.update({(network, kind): samples for kind, samples in kinds.items()})
+    for stage, told in cost.items():
+        network = roles.get(stage, "student")
+        trained = sum(told.get("backward", {}).values())
+        total[network, "trained"] += trained
+        total[network, "forward"] += sum(told["forward"].values()) - trained
     assert total == seen
-    assert told["distilled"] == {"student": {"trained": 2 * 15 * 64, "forward": 15 * 64}}
-    assert told["pairs-1"] == {"teacher": {"forward": 8 * 400}}
+    distilled = cost["distilled"]
+    assert distilled["forward"] == {"student": 2 * 15 * 64, "flow": 15 * 64}
+    assert distilled["backward"] == {"student": 2 * 15 * 64, "flow": 0}
+    assert cost["pairs-1"] == {"forward": {"flow": 8 * 400}}
+    weights = sum(p.nbytes for p in from_diffusers(folder / "distilled").parameters())
+    assert distilled["memory"]["flow"] == weights
+    # Adam in float32: weights, average, gradients and two moments, and a step for each tensor
+    assert 5 * weights <= distilled["memory"]["student"] < 5.05 * weights
+    assert (distilled["peak_memory"] is None) == (not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize(
-    "overrides, stage, told",
+    "options, invert, told",
     [
-        (["pairs.solver=dopri5"], "pairs-1", None),
-        (["pairs.guidance_scale=2"], "pairs-1", {"teacher": {"forward": 2 * 8 * 400}}),
-        (["pairs.solver=euler"], "pairs-1", {"teacher": {"forward": 4 * 400}}),
-        (
-            ["pairs.real_share=.1", "pairs.real_steps=3"],
-            "real-pairs-1",
-            {"teacher": {"forward": 6}},
-        ),
-        (["distillation.two_step=none"], "distilled", {"student": {"trained": 15 * 64}}),
-        (
-            ["distillation.two_step=teacher"],
-            "distilled",
-            {"student": {"trained": 2 * 15 * 64, "forward": 2 * 15 * 64}},
-        ),
+        ({"solver": "dopri5"}, False, None),
+        ({"guidance_scale": 2.0}, False, 2 * 8 * 400),
+        ({"guidance_scale": 2.0, "real_steps": 3}, True, 6 * 400),
+        ({"solver": "euler"}, False, 4 * 400),
     ],
 )
-def test_passes(tmp_path: Path, overrides: list[str], stage: str, told: object) -> None:
-    assert passes(small_config(tmp_path, *overrides), num_pictures=1)[stage] == told
-
-
-def test_passes_of_reflow() -> None:
-    config = ReflowConfig(rounds=2, teacher="somewhere")
-    told = passes(config, num_pictures=0)
-    assert list(told) == [
-        *("pairs-1", "student-1", "pairs-2", "student", "pairs-distillation", "distilled"),
-        "control",
-    ]
-    assert told["student-1"] == {"teacher": {"trained": 3250 * 256}}
-    assert told["pairs-distillation"] == {"teacher": {"forward": 24 * 10_000}}
-    small = replace(config, student_net=NetOptions("mlp", {"width": 16}), control=False)
-    assert passes(small, num_pictures=0)["pairs-2"] == {"student": {"forward": 24 * 10_000}}
-
-
-def test_memory_is_that_of_the_roles(finished: Path) -> None:
-    """Adam in float32: weights, average, gradients and two moments; the flow that guides."""
-    took = json.loads((finished / "stages" / "distilled" / "memory.json").read_text())
-    weights = sum(p.nbytes for p in from_diffusers(finished / "distilled").parameters())
-    student = took["roles"]["student"]
-    assert student["weights"] == student["average"] == student["gradients"] == weights
-    assert 2 * weights <= student["optimizer"] < 2.05 * weights  # and a step for each tensor
-    frozen = took["roles"]["frozen"]["weights"]  # with the frequencies of its time embedding
-    assert weights <= frozen < 1.01 * weights
-    assert took["sum"] == 3 * weights + student["optimizer"] + frozen
-    assert (took["peak"] is None) == (not torch.cuda.is_available())
+def test_passes_of_pairs(options: dict[str, Any], invert: bool, told: int | None) -> None:
+    pairs = PairOptions(num_steps=4, **options)
+    assert solver_passes(pairs, 400, invert=invert) == told
 
 
 def test_the_student_is_smaller_and_its_pairs_are_its_own_ode(finished: Path) -> None:

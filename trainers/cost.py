@@ -10,12 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flowkit.samplers import evaluation_times, grids
+from flowkit.samplers.solve import find_solver, is_adaptive
+from flowkit.trainers.settings import PairOptions
 from flowkit.velocity import VelocityModel
 
 if TYPE_CHECKING:
     from flowkit.trainers.learner import Learner
 
-__all__ = ["Cost", "nbytes"]
+__all__ = ["Cost", "nbytes", "solver_passes"]
 
 
 class Cost:
@@ -80,6 +83,18 @@ class Cost:
             "memory": held,
             "peak_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
         }
+
+
+def solver_passes(options: PairOptions, samples: int, *, invert: bool = False) -> int | None:
+    """Samples through the flow while `samples` pairs are made, or real pictures inverted; None
+    for an adaptive solver, of which nobody can tell beforehand."""
+    if is_adaptive(find_solver(options.solver, {})):
+        return None
+    steps = options.real_steps if invert else options.num_steps
+    times = grids.edm(steps) if options.grid == "edm" else grids.uniform(steps)
+    nfe = len(evaluation_times(options.solver, times[::-1] if invert else times))
+    guided = options.guidance_scale != 1 and not invert
+    return nfe * samples * (2 if guided else 1)
 
 
 def _counter(count: list[int]) -> Callable[..., None]:

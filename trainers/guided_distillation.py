@@ -59,6 +59,7 @@ class GuidedDistillation:
             raise FlowkitError(f"between must be (low, high) within [0, 1], got {between}")
         self.model, self.times, self.premetric = model, steady(times), premetric
         self.flow, self.first, self.weight = flow, first, weight
+        self.frozen = {"flow": flow}
         self.between, self.precision = between, precision
 
     def loss(self, batch: Batch) -> Loss:

@@ -29,7 +29,6 @@ from flowkit.samplers import grids, sample
 from flowkit.samplers.timesteps import density
 from flowkit.schema import leaves
 from flowkit.trainers.building import build_model, checked
-from flowkit.trainers.costs import memory
 from flowkit.trainers.launch import make_accelerator
 from flowkit.trainers.loop import Loop, Method
 from flowkit.trainers.matching import FlowMatching
@@ -144,12 +143,10 @@ class Run:
     ) -> VelocityModel:
         """Train a copy of `model` to the end and export it to folder/name, unless it is there.
 
-        stages/name keeps what it took, in seconds.json and memory.json.
+        stages/name keeps what it took, in seconds.json and cost.json.
         method: what is built of the copy, the density of t and the premetric.
         """
         if not self.exported(name):
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.accelerator.device)
             loop = Loop(
                 method(
                     copy.deepcopy(model).requires_grad_(True),
@@ -168,7 +165,6 @@ class Run:
             trained = loop.run()
             if self.accelerator.is_main_process:
                 self.record_seconds(name, loop.seconds)
-                write_json(self.folder / "stages" / name / "memory.json", memory(loop))
                 self.export(name, trained)
             self.accelerator.free_memory()
             self.accelerator.wait_for_everyone()
@@ -238,6 +234,11 @@ class Run:
     def record_seconds(self, name: str, seconds: float) -> None:
         """Keep what a stage took, for the summary of a run that may be resumed."""
         write_json(self._seconds_file(name), round(seconds, 2))
+
+    def record_cost(self, name: str, cost: dict[str, Any]) -> None:
+        """Keep what a stage without a loop cost, as a loop does; see flowkit.trainers.cost."""
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "stages" / name / "cost.json", cost)
 
     def _seconds_file(self, name: str) -> Path:
         return self.folder / "stages" / name / "seconds.json"

@@ -15,6 +15,7 @@ from flowkit.noise import derive_seed
 from flowkit.pairs import PairStore
 from flowkit.samplers.solve import STOCHASTIC, find_solver
 from flowkit.trainers.compare import Comparison
+from flowkit.trainers.cost import solver_passes
 from flowkit.trainers.loop import set_dropout
 from flowkit.trainers.pairing import conditioned, generate_pairs, invert_pictures, null_class
 from flowkit.trainers.settings import FlowConfig, PairOptions, ReflowConfig
@@ -148,6 +149,7 @@ def make_pairs(run: Run, options: PairOptions, flow: VelocityModel, name: str) -
             accelerator=run.accelerator,
             name=name,
         )
+    run.record_cost(name, {"forward": {"flow": solver_passes(options, options.num_pairs)}})
     if run.options.data_on_device:
         return pairs.preload(run.accelerator.device)
     return pairs.preload() if pairs.nbytes < IN_MEMORY else pairs
@@ -172,4 +174,6 @@ def with_real_pictures(
             accelerator=run.accelerator,
             name=name,
         )
+    passes = solver_passes(options, len(run.data), invert=True)
+    run.record_cost(name, {"forward": {"flow": passes}})
     return Mixed(Paired(pairs, flip=flip), Paired(real, flip=flip), options.real_share)
