@@ -85,7 +85,10 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _cost(stage: str, cost: Mapping[str, Any]) -> str:
-    """A stage's passes and memory in a line.  cost: of flowkit.trainers.cost."""
+    """A stage's passes and memory, of flowkit.trainers.cost, in a line; pairs have passes alone."""
+    if "memory" not in cost:
+        count = cost["forward"]["flow"]
+        return f"\nCost of {stage}: {'unknown' if count is None else f'{count:,} samples forward'}."
     alone = len(cost["forward"]) == 1  # a network of one name only: the stage says it
     passes = ", ".join(
         f"{'' if alone else role + ' '}{count:,} ({cost['backward'][role]:,})"

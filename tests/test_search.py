@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowkit import config as configs
 from flowkit.analytic import Mixture
 from flowkit.errors import FlowkitError
 from flowkit.noise import keyed_noise
@@ -433,3 +434,8 @@ def test_run_as_a_command_the_package_still_has_its_names():
     code += "sys.modules; assert all(hasattr(s, name) for name in s.__all__); s.nothing"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip().endswith("has no attribute 'nothing'"), done.stderr
+
+
+def test_the_configuration_is_read():
+    options = configs.parse(SearchConfig, ["--config", "digits/search.yaml"], doc="")
+    assert (options.nfe, options.model, options.analytic) == (5, "runs/flow/model", True)
