@@ -41,6 +41,7 @@ from flowkit.trainers.straighten import straighten, train_flow
 SHAPE, SAMPLES = (1, 8, 8), 3000
 SEARCH_SEED = 100
 RATES = {"x 1/3": 1 / 3, "x 1": 1.0, "x 3": 3.0}
+LEVELS = (200, 100, 80, 70, 60, 55, 50, 46)  # distances that the two curves' methods reach
 UPDATES_A_POINT = 20  # of the student, between two points of its curve
 NO_GAN = ("gan.weight=0", "gan.critic_weight=0")
 PLAIN = ("annealing.schedule=fixed", "annealing.beta=0", "distillation.two_step=none")
@@ -49,10 +50,7 @@ MEASURE = ("evaluate.nfe=[1]", "evaluate.straightness_samples=1")
 
 @dataclass(frozen=True)
 class Trainer:
-    """A training that a row or two of the table come from.
-
-    stages: the parts of its configuration with a learning rate that is searched.
-    """
+    """A training that rows come from.  stages: parts of its options whose rates are searched."""
 
     file: str
     schema: type
@@ -190,13 +188,17 @@ class Bench:
         """The learning rate with the least distance of the trainer's last model."""
         return min(RATES, key=lambda rate: list(distances(self.run(name, rate, SEARCH_SEED)))[-1])
 
+    def rates(self, name: str) -> list[str]:
+        """The searched learning rate, and for DMD2's relatives DMD2's beside it."""
+        other = "dmd" if name in ("f-js", "f-kl", "disback") else name
+        return list(dict.fromkeys([self.best(name), self.best(other)]))
+
     def work(self) -> None:
         """All runs: the search's, then seed by seed."""
-        rates = {name: self.best(name) for name in TRAINERS}
+        runs = [(name, rate) for name in TRAINERS for rate in self.rates(name)]
         for seed in self.seeds:
-            for name, rate in rates.items():
+            for name, rate in runs:
                 self.run(name, rate, seed)
-            self.run("disback", rates["dmd"], seed)
 
 
 def distances(summary: dict[str, Any]) -> list[float]:
@@ -211,13 +213,10 @@ def table(bench: Bench) -> str:
         f"| one step | {seeds} | mean | learning rate | teacher | student | critic |",
         "|---" * (len(bench.seeds) + 6) + "|",
     ]
+    teachers = [read_json(bench.teacher(s) / "summary.json")["model"]["fd"] for s in bench.seeds]
     for steps, place in ((1, 0), (16, 4)):
-        found = [
-            read_json(bench.teacher(s) / "summary.json")["model"]["fd"][place] for s in bench.seeds
-        ]
-        lines.append(f"| 1-RF, {steps} NFE | {_cells(found)} | x 1 | | | |")
-    for row in ROWS:
-        rate = bench.best(row.trainer)
+        lines.append(f"| 1-RF, {steps} NFE | {_cells([fd[place] for fd in teachers])} | | | | |")
+    for row, rate in [(r, rate) for r in ROWS for rate in bench.rates(r.trainer)]:
         found = [bench.run(row.trainer, rate, seed)[row.model]["fd"][0] for seed in bench.seeds]
         p = row.passes(bench.config(row.trainer, rate, bench.seeds[0]))
         cost = f"{_k(p.teacher)} | {_k(p.student, p.student_back)} | {_k(p.critic, p.critic_back)}"
@@ -253,12 +252,12 @@ def curve_table(bench: Bench) -> str:
     for name, title in (("dmd", "DMD2"), ("disback", "DisBack")):
         means = [mean(curve[p] for curve in curves[name]) for p in shown]
         lines.append(f"| {title} | " + " | ".join(f"{value:.1f}" for value in means) + " |")
-    seeds = " | ".join(f"seed {seed}" for seed in bench.seeds)
-    lines += ["", f"| DisBack reaches DMD2's distance of | {seeds} |"]
-    lines += ["|---" * (len(bench.seeds) + 1) + "|"]
-    for after in (points[len(points) // 4], points[len(points) // 2], points[-1]):
-        reached = [first_below(b, a[after]) for a, b in zip(*curves.values(), strict=True)]
-        lines.append(f"| {after} updates after | " + " | ".join(reached) + " |")
+    lines += ["", "| updates until | " + " | ".join(map(str, LEVELS)) + " |"]
+    lines += ["|---" * (len(LEVELS) + 1) + "|"]
+    for name, title in (("dmd", "DMD2"), ("disback", "DisBack")):
+        for seed, curve in zip(bench.seeds, curves[name], strict=True):
+            found = " | ".join(first_below(curve, level) for level in LEVELS)
+            lines.append(f"| {title}, seed {seed} | {found} |")
     return "\n".join(lines)
 
 
@@ -273,7 +272,7 @@ def write_samples(bench: Bench) -> None:
     noise = keyed_noise(derive_seed(bench.seeds[0], "samples"), range(64), SHAPE)
     models = {"1-RF": bench.teacher(bench.seeds[0]) / "model"}
     for row in ROWS:
-        config = bench.config(row.trainer, bench.best(row.trainer), bench.seeds[0])
+        config = bench.config(row.trainer, bench.rates(row.trainer)[-1], bench.seeds[0])
         models[row.title.replace("small: ", "small ")] = Path(config.output_dir) / row.model
     columns = {title: noise + from_diffusers(path)(noise, 0.0) for title, path in models.items()}
     write_grid(bench.folder / "samples.png", columns, rows=6)
